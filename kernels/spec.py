@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FwdSpec: everything that decides which forward kernel is compiled.
+
+Pure Python and free of cutlass, so presets can be validated and budgets computed anywhere. The kernel owns what it can
+implement (``reasons()``); the host owns which spec to pick.
+"""
+
+import dataclasses
+from typing import Optional
+
+DTYPES = ("bf16", "fp16")
+HEAD_DIMS = (64, 96, 128, 256)
+SOFTMAX_MODES = ("fixed_ref", "exact")
+Q_SOURCES = ("smem", "registers")
+SCHEDULERS = ("grid", "persistent")
+PROXY_FENCES = ("producer", "consumer")
+
+SMEM_LIMIT_BYTES = 232_448  # opt-in shared memory of one CTA on sm_90 (227 KiB)
+SMEM_PER_SM_BYTES = 233_472  # 228 KiB, of which the driver reserves 1 KiB per resident CTA
+SMEM_RESERVED_PER_CTA_BYTES = 1024
+REGISTERS_PER_SM = 65_536
+WARPGROUP_THREADS = 128
+WGMMA_ROWS = 64  # rows of one warpgroup's WGMMA
+MAX_TILE_N = 256  # WGMMA's largest N
+ELEMENT_BYTES = 2
+# Live registers of a consumer thread besides S, P, O and Q: addresses, row state, loop counters. Chosen so that every
+# configuration of shared-memory-resident WGMMA that ptxas compiled without a spill passes and every one that spilled
+# fails (D = 64, 128, 256; tile_n 64 to 192; one to three consumer warpgroups; nvidia-cutlass-dsl 4.8.1).
+CONSUMER_OVERHEAD_REGISTERS = 28
+
+# setmaxnreg budgets (consumer, producer) by (consumer warpgroups, CTAs per SM). Every SM sub-partition holds one warp of
+# each warpgroup, so warpgroups * consumer + producer must stay within 512 / CTAs per SM registers of a lane.
+_DEFAULT_REGISTERS = {(1, 1): (240, 56), (2, 1): (224, 56), (3, 1): (160, 32), (1, 2): (200, 56)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FwdSpec:
+    """One forward kernel: what it multiplies, who does it and with which resources.
+
+    head_dim: D, one of 64, 96, 128, 256.
+    dtype: element type of q, k, v and out, "bf16" or "fp16"; accumulation is fp32.
+    slice_n: keys per listed segment (N of the mask), >= 1.
+    tile_m: query rows of one CTA: 64 per consumer warpgroup.
+    tile_n: keys of one packed tile; plans do not depend on it.
+    kv_stages: packed K tiles (and V tiles) in shared memory.
+    softmax: "fixed_ref" keeps the first tile's row maximum as reference (bf16 only, followed by the redo launch),
+        "exact" is the online softmax.
+    q_source: operand A of QK^T from shared memory or from registers.
+    scheduler: "grid" launches one CTA per work item, "persistent" one per SM slot that strides over the items.
+    ctas_per_sm: CTAs meant to be resident on one SM (1 or 2).
+    ping_pong: consumer warpgroups hand the tensor cores over through named barriers.
+    proxy_fence: which role orders the generic-proxy writes of cp.async before the async-proxy reads of WGMMA.
+    consumer_registers, producer_registers: setmaxnreg targets; None takes the measured default of the warp layout.
+    partial_rows: the mask's slice_m is not a multiple of 64, so rows are stored one by one instead of by TMA.
+    redo: second pass after a fixed_ref launch: recomputes only blocks whose LSE is +inf or NaN, with exact softmax.
+    """
+
+    head_dim: int
+    dtype: str = "bf16"
+    slice_n: int = 1
+    tile_m: int = 128
+    tile_n: int = 128
+    kv_stages: int = 2
+    softmax: str = "fixed_ref"
+    q_source: str = "smem"
+    scheduler: str = "grid"
+    ctas_per_sm: int = 1
+    ping_pong: bool = False
+    proxy_fence: str = "producer"
+    consumer_registers: Optional[int] = None
+    producer_registers: Optional[int] = None
+    partial_rows: bool = False
+    redo: bool = False
+
+    def __post_init__(self):
+        consumer, producer = _DEFAULT_REGISTERS.get((self.consumer_warpgroups, self.ctas_per_sm), (None, None))
+        if self.consumer_registers is None:
+            object.__setattr__(self, "consumer_registers", consumer)
+        if self.producer_registers is None:
+            object.__setattr__(self, "producer_registers", producer)
+
+    # ---- warps and threads ----------------------------------------------------------------------------------------
+    @property
+    def consumer_warpgroups(self) -> int:
+        return self.tile_m // WGMMA_ROWS
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA: the consumer warpgroups and one producer warpgroup."""
+        return WARPGROUP_THREADS * (self.consumer_warpgroups + 1)
+
+    # ---- the gather's geometry ------------------------------------------------------------------------------------
+    @property
+    def swizzle_bytes(self) -> int:
+        """Bytes of a row inside one swizzle atom: 128, or 64 where D is not a multiple of 64 (D = 96)."""
+        return 128 if self.head_dim % 64 == 0 else 64
+
+    @property
+    def atoms_per_row(self) -> int:
+        return self.head_dim * ELEMENT_BYTES // self.swizzle_bytes
+
+    @property
+    def lanes_per_row(self) -> int:
+        """Producer threads that copy one row: each moves one 16-byte chunk of every atom of it."""
+        return self.swizzle_bytes // 16
+
+    @property
+    def row_groups(self) -> int:
+        """Rows that the producer warpgroup copies side by side."""
+        return WARPGROUP_THREADS // self.lanes_per_row
+
+    @property
+    def rows_per_thread(self) -> int:
+        return self.tile_n // self.row_groups
+
+    # ---- budgets --------------------------------------------------------------------------------------------------
+    @property
+    def num_barriers(self) -> int:
+        """Q full and empty, and K and V full and empty for each stage."""
+        return 2 + 4 * self.kv_stages
+
+    def smem_bytes(self) -> int:
+        """Shared memory of one CTA in bytes, as the kernel's storage struct lays it out (1024-byte aligned operands)."""
+        align = 1024
+        header = -(-8 * self.num_barriers // align) * align
+        q = self.tile_m * self.head_dim * ELEMENT_BYTES
+        kv_stage = -(-self.tile_n * self.head_dim * ELEMENT_BYTES // align) * align
+        out = q if self.stages_output else 0
+        return header + out + q + 2 * self.kv_stages * kv_stage
+
+    @property
+    def stages_output(self) -> bool:
+        """A persistent CTA loads the next Q while it stores O, so O needs slabs of its own."""
+        return self.scheduler == "persistent"
+
+    def register_estimate(self) -> int:
+        """Estimated registers of a consumer thread: S fp32, P 16-bit, O fp32, Q if it is held, and the rest."""
+        scores = self.tile_n // 2
+        query = self.head_dim // 4 if self.q_source == "registers" else 0
+        return scores + scores // 2 + self.head_dim // 2 + query + CONSUMER_OVERHEAD_REGISTERS
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers per thread that ptxas may give the kernel at launch for this block size and CTAs per SM."""
+        per_thread = REGISTERS_PER_SM // (self.ctas_per_sm * self.num_threads)
+        return min(per_thread // 8 * 8, 255)
+
+    def reasons(self) -> list:
+        """Why this spec cannot run: one sentence each, empty when it can."""
+        why = []
+
+        def need(ok, sentence):
+            if not ok:
+                why.append(sentence)
+
+        for name, value, legal in (
+            ("head_dim", self.head_dim, HEAD_DIMS),
+            ("dtype", self.dtype, DTYPES),
+            ("softmax", self.softmax, SOFTMAX_MODES),
+            ("q_source", self.q_source, Q_SOURCES),
+            ("scheduler", self.scheduler, SCHEDULERS),
+            ("proxy_fence", self.proxy_fence, PROXY_FENCES),
+            ("tile_m", self.tile_m, (64, 128, 192)),
+            ("ctas_per_sm", self.ctas_per_sm, (1, 2)),
+        ):
+            need(value in legal, f"{name} {value!r} is not one of {', '.join(map(str, legal))}")
+        need(self.slice_n >= 1, f"slice_n {self.slice_n} is less than 1")
+        need(self.kv_stages >= 2, f"kv_stages {self.kv_stages} is less than 2: K of the next tile has no place to land")
+        if why:
+            return why
+        step = max(16, self.row_groups)
+        need(
+            0 < self.tile_n <= MAX_TILE_N and self.tile_n % step == 0,
+            f"tile_n {self.tile_n} is not a multiple of {step} up to {MAX_TILE_N} (head_dim {self.head_dim} copies "
+            f"{self.row_groups} rows at a time)",
+        )
+        need(
+            not (self.softmax == "fixed_ref" and self.dtype == "fp16"),
+            "softmax fixed_ref needs the exponent range of bf16; fp16 takes softmax exact",
+        )
+        need(not (self.redo and self.softmax != "exact"), "the redo pass takes softmax exact")
+        need(not (self.redo and self.scheduler != "grid"), "the redo pass takes scheduler grid")
+        need(not (self.ping_pong and self.consumer_warpgroups == 1), "ping_pong needs two consumer warpgroups or more")
+        if self.consumer_registers is None or self.producer_registers is None:
+            why.append(
+                f"no register budget is known for tile_m {self.tile_m} with {self.ctas_per_sm} CTAs per SM: "
+                "name consumer_registers and producer_registers"
+            )
+            return why
+        for name in ("consumer_registers", "producer_registers"):
+            value = getattr(self, name)
+            need(24 <= value <= 256 and value % 8 == 0, f"{name} {value} is not a multiple of 8 from 24 to 256")
+        pool = self.launch_registers * self.num_threads
+        wanted = WARPGROUP_THREADS * (self.consumer_warpgroups * self.consumer_registers + self.producer_registers)
+        need(
+            wanted <= pool,
+            f"setmaxnreg asks for {wanted} registers ({self.consumer_warpgroups} x {self.consumer_registers} + "
+            f"{self.producer_registers} a lane) but a CTA launched with {self.launch_registers} a thread owns {pool}: "
+            "the kernel would wait for ever",
+        )
+        need(
+            self.register_estimate() <= self.consumer_registers,
+            f"a consumer thread needs about {self.register_estimate()} registers and gets {self.consumer_registers}: "
+            "a spill serialises every WGMMA",
+        )
+        smem = self.smem_bytes()
+        need(smem <= SMEM_LIMIT_BYTES, f"shared memory {smem} bytes exceeds the {SMEM_LIMIT_BYTES} of a CTA")
+        per_sm = self.ctas_per_sm * (smem + SMEM_RESERVED_PER_CTA_BYTES)
+        need(
+            per_sm <= SMEM_PER_SM_BYTES,
+            f"{self.ctas_per_sm} CTAs per SM need {per_sm} bytes of shared memory, an SM has {SMEM_PER_SM_BYTES}",
+        )
+        return why
+
+    # ---- derived specs --------------------------------------------------------------------------------------------
+    def redo_spec(self) -> "FwdSpec":
+        """The kernel that recomputes the rows a fixed_ref launch has poisoned."""
+        return dataclasses.replace(self, softmax="exact", scheduler="grid", q_source="smem", ping_pong=False, redo=True)
+
+    @property
+    def name(self) -> str:
+        """Readable identifier, unique per spec: file name of the cached object and prefix of the kernel's symbol."""
+        parts = [
+            f"fwd_{self.dtype}_d{self.head_dim}_m{self.tile_m}n{self.tile_n}s{self.kv_stages}",
+            f"seg{self.slice_n}",
+            {"fixed_ref": "ref", "exact": "exact"}[self.softmax],
+            f"r{self.consumer_registers}p{self.producer_registers}",
+        ]
+        parts += ["qreg"] * (self.q_source == "registers") + ["pers"] * (self.scheduler == "persistent")
+        parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
+        parts += ["cfence"] * (self.proxy_fence == "consumer") + ["rows"] * self.partial_rows + ["redo"] * self.redo
+        return "_".join(parts)

@@ -1,0 +1,47 @@
+# Every target sets itself up: `make test` on a fresh machine is enough.
+# PYTHON picks the interpreter of the virtual environment (3.10 to 3.13): make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The exact version that is tested. A looser request may resolve to another build and fetch gigabytes.
+TORCH := torch==2.13.0
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Two processes fit the two cores of a small CI machine; torch and the emulator bring threads of their own.
+PYTEST := $(BIN)/python -m pytest -n 2
+FAST := not slow and not gpu and not fa4
+
+.PHONY: help test demo lint format slow clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+test: $(INSTALLED) lint ## lint, then every test that needs no GPU and ends in seconds
+	$(PYTEST) -m '$(FAST)'
+
+demo: $(INSTALLED) ## attention over a small video made from a photograph, with pictures in .demo/
+	$(BIN)/fgattn demo
+
+lint: $(INSTALLED) ## ruff: errors and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: $(INSTALLED) ## the long tests
+	$(PYTEST) -m 'slow and not gpu and not fa4'
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or \
+	  sys.exit("fgattn_cute needs Python 3.10 to 3.13, $(PYTHON) is %d.%d: make PYTHON=/path/to/another" % v)'
+	@echo "installing into $(VENV), once; torch and the CUTLASS DSL take a minute or a few"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) '$(TORCH)'
+	$(PIP_INSTALL) --editable '.[cli,perf,demo,dev]'
+	@touch $@

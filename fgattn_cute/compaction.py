@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask bits to sorted id lists, on whatever device holds the mask.
+
+``compact`` lays the lists out; ``write_ids`` fills them and is the one function that a device kernel replaces.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fgattn_cute import bits as _bits
+
+LIST_ALIGN = 8  # ids: a list starts on 32 bytes
+PLAN_SLACK = 256  # ids past the last list, at least one largest tile, so that a tail read stays inside the buffer
+_CHUNK_WORDS = 1 << 22  # mask words expanded at a time: bounds the temporaries of write_ids to about 100 MiB
+
+
+class Lists(NamedTuple):
+    """Output of ``compact``.
+
+    ids: int32 (capacity + PLAN_SLACK,); zero wherever no list writes.
+    offset: int64 (batch, heads, blocks_q), start of each list in ids.
+    counts: int64 (batch, heads, blocks_q), ids in each list.
+    overflow: bool (), True if the capacity cut lists off; on the device of the mask.
+    """
+
+    ids: torch.Tensor
+    offset: torch.Tensor
+    counts: torch.Tensor
+    overflow: torch.Tensor
+
+
+def align_up(value, multiple: int):
+    """``value`` (int or integer tensor) rounded up to a multiple."""
+    return (value + multiple - 1) // multiple * multiple
+
+
+def layout(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places lists one after the other: int64 counts (...) -> (offset (...), ids needed in all ())."""
+    padded = align_up(counts.reshape(-1), LIST_ALIGN)
+    ends = padded.cumsum(0)
+    return (ends - padded).view(counts.shape), ends[-1]
+
+
+def fit(offset: torch.Tensor, counts: torch.Tensor, needed: torch.Tensor, capacity: int):
+    """Cuts lists to what ``capacity`` ids hold: (offset, counts, overflow), nothing read back."""
+    return offset.clamp(max=capacity), torch.minimum(counts, (capacity - offset).clamp(min=0)), needed > capacity
+
+
+def compact(mask, capacity: int | None) -> Lists:
+    """Lists of kept slice columns, ascending, one per query block.
+
+    Args:
+        mask: a SliceMask.
+        capacity: ids to make room for, a multiple of 8. None takes the exact number, which costs one read-back of the
+            total (a synchronisation on CUDA); with a capacity nothing is read back and lists that do not fit are cut.
+    """
+    counts = _bits.count(mask.bits)
+    offset, needed = layout(counts)
+    if capacity is None:
+        capacity = int(needed)
+    offset, counts, overflow = fit(offset, counts, needed, capacity)
+    ids = torch.zeros(capacity + PLAN_SLACK, dtype=torch.int32, device=mask.bits.device)
+    write_ids(mask.bits, offset, counts, ids)
+    return Lists(ids, offset, counts, overflow)
+
+
+def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) -> None:
+    """Writes the first ``counts`` set columns of each row of ``words`` to ``ids`` from ``offset`` on.
+
+    Args:
+        words: int32 (batch, heads, blocks_q, words), contiguous.
+        offset, counts: int64 (batch, heads, blocks_q).
+        ids: int32 (n,), written in place; positions outside the lists stay untouched. Its last element belongs to no
+            list.
+    """
+    width = words.shape[-1]
+    rows = words.reshape(-1, width)
+    flat_offset, flat_counts = offset.reshape(-1, 1), counts.reshape(-1, 1)
+    # A set bit's place in its list is the number of set bits before it: those of earlier words, then those below it in
+    # its own word. One pass per bit position keeps the temporaries at the size of the words, not of the columns. Bits
+    # that are clear or cut off go to the last element of the slack, so that nothing depends on a count on the host.
+    column = torch.arange(width, dtype=torch.int32, device=words.device) * _bits.WORD_BITS
+    spare = ids.numel() - 1
+    step = max(1, _CHUNK_WORDS // width)
+    for first in range(0, rows.shape[0], step):
+        part = rows[first : first + step]
+        per_word = _bits.popcount(part)
+        rank = per_word.cumsum(-1, dtype=torch.int64) - per_word
+        start, limit = flat_offset[first : first + step], flat_counts[first : first + step]
+        for bit in range(_bits.WORD_BITS):
+            is_set = ((part >> bit) & 1).bool()
+            place = torch.where(is_set & (rank < limit), start + rank, spare)
+            ids.scatter_(0, place.reshape(-1), (column + bit).expand_as(part).reshape(-1))
+            rank += is_set
+    ids[spare:].zero_()

@@ -93,7 +93,7 @@ class LaunchConfig:
 class Finding:
     """One fault. The same fault of the same instruction in the same CTA counts once, with ``count`` occurrences."""
 
-    kind: Check
+    kind: str  # one of errors.KINDS
     message: str
     pc: int | None  # index of the lowered instruction
     line: int | None  # 1-based line of the PTX text
@@ -132,3 +132,100 @@ class LaunchResult:
     warps: list[dict[str, int]] = field(default_factory=list)  # per warp index, summed over the CTAs
     registers: list[int | None] = field(default_factory=list)  # per warp index: target of its last setmaxnreg
     roles: list[RoleCounters] = field(default_factory=list)
+
+
+# ---- first version: runs the prototype's core, to be replaced room by room
+import ctypes as C  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
+from functools import lru_cache  # noqa: E402
+
+from . import build  # noqa: E402
+
+u32, u64, i32, P = C.c_uint32, C.c_uint64, C.c_int32, C.c_void_p
+
+
+class CKernel(C.Structure):
+    _fields_ = [("code", P), ("ncode", u32), ("aux", P), ("rf_init", P), ("rf_bytes", u32), ("sp", P), ("du_ptr", P), ("du", P),
+                ("static_smem", u32), ("local_bytes", u32), ("nshsym", u32), ("shsym", P), ("reg_lo", u32), ("reg_hi", u32)]
+
+
+class CLaunch(C.Structure):
+    _fields_ = [("grid", u32 * 3), ("block", u32 * 3), ("cluster", u32 * 3), ("dyn_smem", u32), ("nalloc", u32), ("alloc", P),
+                ("async_wgmma", u32), ("async_tma", u32), ("async_cp", u32), ("sched", u32), ("quantum", u32), ("checks", u32),
+                ("nthreads", u32), ("seed", u32), ("cta_order", u32), ("max_ins", u64), ("num_sms", u32), ("pad", u32)]
+
+
+class CResult(C.Structure):
+    _fields_ = [("code", i32), ("pc", u32), ("warp", u32), ("lane", u32), ("cta", u32 * 3), ("nwarn", u32), ("msg", C.c_char * 8192),
+                ("warn", C.c_char * 16384), ("ins", u64), ("lane_ins", u64), ("wgmma", u64), ("tma_bytes", u64), ("switches", u64),
+                ("stalls", u64), ("hist", u64 * 4096)]
+
+
+@lru_cache(maxsize=1)
+def _core():
+    lib = C.CDLL(str(build.core_library()))
+    lib.hsim_run.argtypes = [C.POINTER(CKernel), C.POINTER(CLaunch), C.POINTER(CResult)]
+    return lib
+
+
+@lru_cache(maxsize=1)
+def _ops():
+    return {n: int(i) for n, i in re.findall(r"#define (\w+) (\d+)", (build.CORE_DIR / "ops.h").read_text())}
+
+
+WORDS = [("DEADLOCK", "deadlock"), ("instruction limit", "limit"), ("RACE", "race"), ("proxy", "proxy"), ("misaligned", "misaligned"), ("not 8-byte aligned", "misaligned"),
+         ("outside", "bounds"), ("not supported", "unsupported"), ("mbarrier", "barrier"), ("barrier", "barrier"), ("wgmma", "wgmma"), ("tensor map", "descriptor")]
+
+
+def _kind(message):
+    return next((k for w, k in WORDS if w in message), "launch")
+
+
+class Machine:
+    """Runs lowered kernels."""
+
+    def run(self, kernel, launch: LaunchConfig) -> LaunchResult:
+        """Runs one launch to its end or to its first fatal fault."""
+        e = kernel.entry
+        k = CKernel()
+        k.code, k.ncode, k.aux = e.code_np.ctypes.data, len(e.code_np), e.aux_np.ctypes.data
+        rf = np.zeros(e.rf_bytes + 128, np.uint8)
+        o = -rf.ctypes.data % 64
+        rf[o:o + e.rf_bytes] = e.rf_init.view(np.uint8)[:e.rf_bytes]
+        k.rf_init, k.rf_bytes = rf.ctypes.data + o, e.rf_bytes
+        k.sp, k.du_ptr, k.du = e.sp_np.ctypes.data, e.du_ptr.ctypes.data, e.du_np.ctypes.data
+        k.static_smem, k.local_bytes = e.static_smem, e.local_bytes
+        k.nshsym, k.shsym = len(e.shsym), e.shsym_np.ctypes.data
+        C.memmove(e.param_addr, launch.params, len(launch.params))
+        al = sorted([(r.lo, r.hi) for r in launch.memory] + [(e.param_addr, e.param_addr + e.param_bytes)] + [(a, a + n) for a, n, _ in e.gsyms.values()])
+        merged = []
+        for lo, hi in al:
+            if merged and lo < merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], hi)
+            else:
+                merged.append([lo, hi])
+        arr = np.array(merged, np.uint64)
+        L = CLaunch()
+        L.grid[:], L.block[:], L.cluster[:] = launch.grid, launch.block, launch.cluster
+        L.dyn_smem, L.nalloc, L.alloc = launch.dynamic_smem, len(arr), arr.ctypes.data
+        L.async_wgmma, L.async_tma, L.async_cp = launch.async_wgmma, launch.async_tma, launch.async_cp
+        L.sched, L.quantum, L.cta_order = int(launch.random_schedule), launch.quantum, launch.cta_order
+        L.checks = (1 if launch.checks & Check.WGMMA or launch.async_wgmma else 0) | (2 if launch.checks & Check.PROXY else 0) | (16 if launch.checks & Check.RACE else 0)
+        L.nthreads, L.seed, L.max_ins, L.num_sms = launch.threads, launch.seed, launch.max_instructions, launch.num_sms
+        R = CResult()
+        t = time.perf_counter()
+        _core().hsim_run(C.byref(k), C.byref(L), C.byref(R))
+        res = LaunchResult(e.name, tuple(launch.grid), tuple(launch.block), tuple(launch.cluster), launch.dynamic_smem, time.perf_counter() - t)
+        res.counters = dict(instructions=R.ins, wgmma=R.wgmma, tma_bytes=R.tma_bytes)
+        for m in re.finditer(r"^pc (\d+): (.*) \(cta (\d+),(\d+),(\d+) warp (-?\d+)\)$", R.warn.decode(), flags=re.M):
+            pc = int(m[1]) if int(m[1]) < len(e.code) else None
+            line, text = kernel.where(pc) if pc is not None else (None, "")
+            res.findings.append(Finding(_kind(m[2]), m[2], pc, line, text, (int(m[3]), int(m[4]), int(m[5])), int(m[6]), None, None, False))
+        if R.code:
+            msg = re.sub(r"@pc(\d+)@", lambda m: "[PTX line %d: %s]" % kernel.where(int(m.group(1))), R.msg.decode())
+            pc = None if R.pc == 0xFFFFFFFF else R.pc
+            line, text = kernel.where(pc) if pc is not None else (None, "")
+            res.error = Finding(_kind(msg), msg, pc, line, text, tuple(R.cta), R.warp if pc is not None else None, None, None, True)
+            res.findings.append(res.error)
+        return res

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML files of ``configs/`` -> GPU facts and presets. The only module that imports yaml and pydantic.
+
+A mistake in a file is a ``PresetError`` that names file, line, key and the legal keys; a preset whose kernel cannot run
+is one that quotes ``FwdSpec.reasons()``. Files are read once per process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import functools
+import json
+import typing
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field
+
+from .errors import PresetError
+from .kernels.spec import DTYPES, HEAD_DIMS, FwdSpec
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+GENERIC = "sm90"  # the file for Hopper GPUs that no other file names
+SCHEMA_VERSION = 1
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+# ---- the file format -----------------------------------------------------------------------------------------------
+class _Model(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Fact(_Model):
+    """A number about the GPU and where it comes from."""
+
+    value: float = Field(description="in the unit that the key names")
+    source: str = Field(min_length=1, description="document, or what was measured where and when")
+
+
+class GpuModel(_Model):
+    """Which GPU the file is for, and its constants."""
+
+    names: list[str] = Field(min_length=1, description="device names as the driver says them; the generic file has one")
+    cc: list[int] = Field(min_length=2, max_length=2, description="compute capability, [9, 0]")
+    sms: Fact = Field(description="streaming multiprocessors")
+    l2_bytes: Fact = Field(description="L2 cache")
+    memory_bytes: Fact
+    memory_gb_per_s: Fact
+    bf16_dense_tflops: Fact = Field(description="tensor-core peak without structured sparsity, at the boost clock")
+    boost_mhz: Fact
+    power_w: Fact = Field(description="power limit")
+    l2_gather_tb_per_s: Fact | None = Field(None, description="random 256-byte rows by cp.async, 32 MB footprint")
+    sustained_mhz: Fact | None = Field(None, description="clock under back-to-back attention kernels")
+
+
+class IntCondition(_Model):
+    """All given conditions must hold."""
+
+    multiple_of: int | None = Field(None, ge=1)
+    max: int | None = Field(None, ge=1)
+    one_of: list[int] | None = Field(None, min_length=1)
+
+    def holds(self, value: int) -> bool:
+        return (
+            (self.multiple_of is None or value % self.multiple_of == 0)
+            and (self.max is None or value <= self.max)
+            and (self.one_of is None or value in self.one_of)
+        )
+
+
+class When(_Model):
+    """For which problems a preset is meant. What is not given is not asked for."""
+
+    dtype: list[Literal["bf16", "fp16"]] | None = Field(None, min_length=1)
+    head_dim: list[int] | None = Field(None, min_length=1)
+    slice_m: IntCondition | None = None
+    slice_n: IntCondition | None = None
+
+
+class TileModel(_Model):
+    m: int = Field(description="query rows of a CTA, 64 per consumer warpgroup")
+    n: int = Field(description="keys of a packed tile")
+
+
+class RegistersModel(_Model):
+    """setmaxnreg targets of a thread."""
+
+    consumer: int
+    producer: int
+
+
+class TuneModel(_Model):
+    """Values the autotuner may try in place of the preset's own."""
+
+    tile_m: list[int] | None = None
+    tile_n: list[int] | None = None
+    kv_stages: list[int] | None = None
+    softmax: list[Literal["fixed_ref", "exact"]] | None = None
+    q_source: list[Literal["smem", "registers"]] | None = None
+    scheduler: list[Literal["grid", "persistent"]] | None = None
+    ctas_per_sm: list[int] | None = None
+    ping_pong: list[bool] | None = None
+    proxy_fence: list[Literal["producer", "consumer"]] | None = None
+
+
+class MeasuredModel(_Model):
+    """One measurement of the preset on this GPU; null until there is one."""
+
+    workload: str | None = Field(None, description="lengths, heads, density and how it was timed")
+    tflops: float | None = Field(None, gt=0, description="packed: FLOPs of the kept pairs only")
+    relative_to_dense: float | None = Field(None, gt=0, description="packed rate / rate of dense FA4 in the same run")
+    commit: str | None = None
+    date: datetime.date | None = None
+    machine: str | None = None
+
+
+class PresetModel(_Model):
+    """One kernel and when to use it."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    when: When
+    tile: TileModel
+    stages: int = 2
+    softmax: Literal["fixed_ref", "exact"]
+    q_source: Literal["smem", "registers"] = "smem"
+    scheduler: Literal["grid", "persistent"] = "grid"
+    ctas_per_sm: int = 1
+    ping_pong: bool = False
+    proxy_fence: Literal["producer", "consumer"] = "producer"
+    registers: RegistersModel | None = Field(None, description="null takes the default of the warp layout")
+    provenance: Literal["measured", "assumed"]
+    measured: MeasuredModel
+    tune: TuneModel = TuneModel()
+
+
+class FileModel(_Model):
+    """A file of configs/. The first preset that matches wins; the last one asks for nothing and is the fallback."""
+
+    schema_: int = Field(alias="schema", description="version of this format")
+    gpu: GpuModel
+    forward: list[PresetModel] = Field(min_length=1)
+
+
+# ---- what the rest of the package sees -----------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class GpuFacts:
+    """names: device names; constants: every number of the file's gpu section by its key."""
+
+    names: tuple[str, ...]
+    cc: tuple[int, int]
+    sms: int
+    l2_bytes: int
+    constants: dict[str, float]
+    sources: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preset:
+    """A preset: conditions, and the fields of FwdSpec that it fixes (all but the problem's own)."""
+
+    id: str
+    file: str
+    when: When
+    fields: dict
+    provenance: str
+    measured: MeasuredModel
+    tune: dict[str, tuple]
+
+    def takes(self, dtype: str, head_dim: int, slice_n: int) -> bool:
+        """Whether the preset is meant for these, whatever slice_m is."""
+        w = self.when
+        return (
+            (w.dtype is None or dtype in w.dtype)
+            and (w.head_dim is None or head_dim in w.head_dim)
+            and (w.slice_n is None or w.slice_n.holds(slice_n))
+        )
+
+    def takes_slice_m(self, slice_m: int) -> bool:
+        return self.when.slice_m is None or self.when.slice_m.holds(slice_m)
+
+    @property
+    def is_fallback(self) -> bool:
+        """The entry that asks for nothing."""
+        return self.when == When()
+
+    def spec(self, *, dtype: str, head_dim: int, slice_n: int = 1, partial_rows: bool = False) -> FwdSpec:
+        return FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, partial_rows=partial_rows, **self.fields)
+
+    def specs(self):
+        """The preset's kernels with slice_n = 1: one for each dtype and head dim that it takes."""
+        for dtype in self.when.dtype or DTYPES:
+            for head_dim in self.when.head_dim or HEAD_DIMS:
+                yield self.spec(dtype=dtype, head_dim=head_dim)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PresetFile:
+    """A validated file. ``name`` is how messages call it: "configs/h200.yaml"."""
+
+    name: str
+    gpu: GpuFacts
+    presets: tuple[Preset, ...]
+
+    def get(self, preset_id: str) -> Preset:
+        """The preset of that id.
+
+        Raises:
+            PresetError: there is none.
+        """
+        for preset in self.presets:
+            if preset.id == preset_id:
+                return preset
+        raise PresetError(_unknown("preset", preset_id, [p.id for p in self.presets]), file=self.name)
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Stems of the shipped files, the generic one last."""
+    return tuple(sorted((p.stem for p in CONFIG_DIR.glob("*.yaml")), key=lambda stem: (stem == GENERIC, stem)))
+
+
+def builtin(stem: str) -> PresetFile:
+    """The shipped file ``configs/<stem>.yaml``.
+
+    Raises:
+        PresetError: no such file; the message lists those there are.
+    """
+    if stem not in builtin_names():
+        raise PresetError(_unknown("GPU of configs/", stem, builtin_names()))
+    return load(CONFIG_DIR / f"{stem}.yaml")
+
+
+def for_gpu(name: str, folder: Path | None = None) -> PresetFile | None:
+    """The file that lists the device ``name``, else the generic one.
+
+    Args:
+        name: as the driver says it.
+        folder: where to look, by default the shipped configs. None is returned where it has neither.
+    """
+    folder = folder or CONFIG_DIR
+    for path in sorted(folder.glob("*.yaml")):
+        if name in path.read_text(encoding="utf-8"):  # reading is cheap, checking a whole file is not
+            file = load(path)
+            if name in file.gpu.names:
+                return file
+    generic = folder / f"{GENERIC}.yaml"
+    return load(generic) if generic.exists() else None
+
+
+def load(path: Path | str) -> PresetFile:
+    """Read and check one file.
+
+    Raises:
+        PresetError: not readable, not YAML, a wrong key or value, or a preset whose kernel cannot run.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as why:
+        raise PresetError(f"cannot be read: {why}", file=_shown(path)) from None
+    return parse(text, _shown(path))
+
+
+def json_schema() -> str:
+    """The JSON schema of a file, as configs/schema.json holds it."""
+    return json.dumps(FileModel.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+@functools.lru_cache(maxsize=64)
+def parse(text: str, name: str) -> PresetFile:
+    """Check the text of a file called ``name``. Raises PresetError as ``load`` does."""
+    data, lines = _read_yaml(text, name)
+    try:
+        model = FileModel.model_validate(data)
+    except pydantic.ValidationError as failed:
+        raise _first_error(failed, name, lines) from None
+    if model.schema_ != SCHEMA_VERSION:
+        where = {"file": name, "line": lines.get(("schema",)), "key": "schema"}
+        raise PresetError(f"{model.schema_} is not a known version (this package reads {SCHEMA_VERSION})", **where)
+    presets = tuple(_preset(entry, name) for entry in model.forward)
+    _check_presets(presets, name, lines)
+    return PresetFile(name, _gpu_facts(model.gpu), presets)
+
+
+# ---- from models to plain values -----------------------------------------------------------------------------------
+def _gpu_facts(gpu: GpuModel) -> GpuFacts:
+    facts = {key: fact for key, fact in gpu if isinstance(fact, Fact)}
+    constants = {key: fact.value for key, fact in facts.items()}
+    sources = {key: fact.source for key, fact in facts.items()}
+    return GpuFacts(tuple(gpu.names), tuple(gpu.cc), int(gpu.sms.value), int(gpu.l2_bytes.value), constants, sources)
+
+
+def _preset(entry: PresetModel, file: str) -> Preset:
+    fields = {
+        "tile_m": entry.tile.m,
+        "tile_n": entry.tile.n,
+        "kv_stages": entry.stages,
+        "consumer_registers": entry.registers.consumer if entry.registers else None,
+        "producer_registers": entry.registers.producer if entry.registers else None,
+    }
+    for key in ("softmax", "q_source", "scheduler", "ctas_per_sm", "ping_pong", "proxy_fence"):
+        fields[key] = getattr(entry, key)
+    tune = {key: tuple(values) for key, values in entry.tune if values is not None}
+    return Preset(entry.id, file, entry.when, fields, entry.provenance, entry.measured, tune)
+
+
+def _check_presets(presets: tuple[Preset, ...], file: str, lines: dict) -> None:
+    """Unique ids, a fallback at the end, honest provenance, and every kernel (and its redo pass) can run."""
+
+    def fail(index, key, message):
+        path = ("forward", index)
+        line = lines.get((*path, key)) or lines.get(path)
+        raise PresetError(message, file=file, line=line, key=f"forward[{index}].{key}")
+
+    seen = {}
+    for index, preset in enumerate(presets):
+        if preset.id in seen:
+            fail(index, "id", f"{preset.id!r} is already the id of forward[{seen[preset.id]}]")
+        seen[preset.id] = index
+        filled = [key for key, value in preset.measured if value is not None]
+        if (preset.provenance == "measured") != ("tflops" in filled):
+            fail(index, "provenance", f"{preset.provenance!r}, but measured.tflops is {preset.measured.tflops}")
+        if preset.is_fallback and index != len(presets) - 1:
+            fail(index, "when", "asks for nothing, so nothing after it can match: it must be the last entry")
+        for spec in preset.specs():
+            why = spec.reasons()
+            if spec.softmax == "fixed_ref":
+                why += [f"redo pass: {reason}" for reason in spec.redo_spec().reasons()]
+            if why:
+                bullets = "".join(f"\n  - {reason}" for reason in why)
+                fail(index, "id", f"{preset.id} cannot run with {spec.dtype}, head_dim {spec.head_dim}:{bullets}")
+    if not presets[-1].is_fallback:
+        fail(len(presets) - 1, "when", "the last entry must be `when: {}`, the fallback for every problem")
+
+
+# ---- reading YAML with line numbers --------------------------------------------------------------------------------
+def _read_yaml(text: str, name: str):
+    """(data, {path: line}) of a document. A path is the tuple of keys and indices that lead to a value."""
+    loader = _LOADER(text)
+    try:
+        node = loader.get_single_node()
+    except yaml.YAMLError as why:
+        mark = getattr(why, "problem_mark", None)
+        problem = getattr(why, "problem", None) or str(why)
+        raise PresetError(f"not YAML: {problem}", file=name, line=mark.line + 1 if mark else None) from None
+    lines: dict[tuple, int] = {}
+    if node is None:
+        raise PresetError("is empty", file=name)
+    _walk(node, (), lines, name)
+    try:
+        return loader.construct_document(node), lines
+    except yaml.YAMLError as why:
+        raise PresetError(f"not YAML: {why}", file=name) from None
+
+
+def _walk(node, path, lines, name):
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            here = (*path, key_node.value)
+            line = key_node.start_mark.line + 1
+            if here in lines:
+                message = f"given twice (first on line {lines[here]})"
+                raise PresetError(message, file=name, line=line, key=_dotted(here))
+            lines[here] = line
+            _walk(value_node, here, lines, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _walk(item, (*path, index), lines, name)
+
+
+def _first_error(failed: pydantic.ValidationError, name: str, lines: dict) -> PresetError:
+    """One PresetError for everything pydantic found: located at the first, listing the others."""
+    messages = []
+    for error in failed.errors(include_url=False):
+        path = tuple(error["loc"])
+        # A mistyped key is also a missing one: the typo explains both, so it comes first.
+        order = (error["type"] != "extra_forbidden", _nearest_line(path, lines) or 0)
+        messages.append((order, _dotted(path), _explain(error, path)))
+    messages.sort()
+    (_, line), key, message = messages[0]
+    others = "".join(f"\n  also line {at[1]}: {where}: {what}" for at, where, what in messages[1:])
+    return PresetError(message + others, file=name, line=line, key=key)
+
+
+def _explain(error: dict, path: tuple) -> str:
+    if error["type"] == "extra_forbidden":
+        return _unknown("key", str(path[-1]), _keys_at(path[:-1]))
+    if error["type"] == "missing":
+        return "is missing"
+    given = "" if isinstance(error["input"], (dict, list)) else f" (given {error['input']!r})"
+    return error["msg"][0].lower() + error["msg"][1:] + given
+
+
+def _unknown(what: str, given: str, legal) -> str:
+    close = difflib.get_close_matches(given, legal, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown {what} {given!r}{hint} (legal: {', '.join(legal)})"
+
+
+def _keys_at(path: tuple) -> list[str]:
+    """The legal keys of the mapping at ``path``."""
+    model = FileModel
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = next(f for key, f in model.model_fields.items() if (f.alias or key) == part)
+        model = _model_in(field.annotation)
+    return [field.alias or key for key, field in model.model_fields.items()]
+
+
+def _model_in(annotation):
+    """The model class inside Optional[...] or list[...]."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    return next(found for found in map(_model_in, typing.get_args(annotation)) if found is not None)
+
+
+def _nearest_line(path: tuple, lines: dict) -> int | None:
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path)
+
+
+def _dotted(path: tuple) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "file"
+
+
+def _shown(path: Path) -> str:
+    return f"configs/{path.name}" if path.parent == CONFIG_DIR else str(path)

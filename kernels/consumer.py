@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Consumer role: work item after work item through the main loop and the epilogue."""
+
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+
+class Consumer:
+    def __init__(self, spec, scheduler, mainloop, epilogue):
+        self.spec = spec
+        self.scheduler, self.mainloop, self.epilogue = scheduler, mainloop, epilogue
+
+    @cute.jit
+    def run(self):
+        """All items of this CTA. tiles and items count what this consumer has taken from the pipes."""
+        tiles, items, step = Int32(0), Int32(0), Int32(0)
+        self.mainloop.order.start(self.mainloop.warpgroup_index)
+        index = self.scheduler.item_index(step)
+        if const_expr(self.spec.scheduler == "grid"):
+            self.take(index, tiles, items)
+        else:
+            while self.scheduler.is_valid(index):
+                tiles, items = self.take(index, tiles, items)
+                step += 1
+                index = self.scheduler.item_index(step)
+            self.epilogue.drain()
+
+    @cute.jit
+    def take(self, index: Int32, tiles: Int32, items: Int32):
+        work = self.scheduler.fetch(index)
+        self.mainloop.reset()
+        if work.num_keys > 0:
+            tiles = self.mainloop.attend(work.num_keys, tiles, items)
+            items += 1
+        self.epilogue.store(work, self.mainloop.acc_O, self.mainloop.softmax)
+        return tiles, items

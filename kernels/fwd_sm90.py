@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FgAttnForwardSm90: attention of M queries to their own gathered list of keys, for Hopper (sm_90a).
+
+This file lays out operands, makes the TMA atoms, launches, and gives each warp its role; the roles have files of their
+own. Reading order: spec.py, schedule.py, scheduler.py, gather.py, loader.py, softmax.py, mainloop.py, epilogue.py.
+"""
+
+import math
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90_utils
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+
+from .consumer import Consumer
+from .epilogue import Epilogue
+from .loader import Loader
+from .mainloop import Mainloop
+from .ptx import exit_if_zero
+from .schedule import make_pipes
+from .scheduler import Scheduler
+from .smem import OperandLayouts, element_type, operand_layouts, storage_struct
+from .spec import WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+
+LOG2_E = math.log2(math.e)
+
+
+def sequence_first(t: cute.Tensor) -> cute.Tensor:
+    """(B, S, H, D) -> (S, D, H, B)."""
+    return cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
+
+
+class FgAttnForwardSm90:
+    """One compiled forward kernel. All extents and strides but the head dim are dynamic."""
+
+    def __init__(self, spec: FwdSpec):
+        reasons = spec.reasons()
+        if reasons:
+            raise ValueError(f"{spec.name} cannot run: " + "; ".join(reasons))
+        self.spec = spec
+        self.dtype = element_type(spec)
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (B, Sq, Hq, D)
+        mK: cute.Tensor,  # (B, Sk, Hkv, D)
+        mV: cute.Tensor,  # (B, Sk, Hkv, D)
+        mO: cute.Tensor,  # (B, Sq, Hq, D)
+        mLSE: cute.Tensor,  # (B, Hq, Sq) fp32, natural log
+        mIds: cute.Tensor,  # (nnz,) int32 segment ids, every list 32-byte aligned, one tile of slack at the end
+        mWork: cute.Tensor,  # (num_work, 4) int32 descriptors, see scheduler.py
+        softmax_scale: Float32,
+        slice_m: Int32,
+        ctas_per_block: Int32,  # ceil(slice_m / tile_m)
+        num_ctas: Int32,
+        stream: cuda.CUstream,
+    ):
+        spec = self.spec
+        mQ, mK, mV, mO = (sequence_first(t) for t in (mQ, mK, mV, mO))
+        layouts = operand_layouts(spec)
+        mma_qk = sm90_utils.make_trivial_tiled_mma(
+            self.dtype,
+            self.dtype,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (1, 1, 1),
+            (WGMMA_ROWS, spec.tile_n),
+            a_source=warpgroup.OperandSource.RMEM if spec.q_source == "registers" else warpgroup.OperandSource.SMEM,
+        )
+        mma_pv = sm90_utils.make_trivial_tiled_mma(
+            self.dtype,
+            self.dtype,
+            OperandMajorMode.K,
+            OperandMajorMode.MN,
+            Float32,
+            (1, 1, 1),
+            (WGMMA_ROWS, spec.head_dim),
+            a_source=warpgroup.OperandSource.RMEM,
+        )
+        slab = cute.select(layouts.q, mode=[0, 1])
+        box = (WGMMA_ROWS, spec.head_dim)
+        tma_q, mQ_tma = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), mQ, slab, box)
+        tma_o, mO_tma = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), mO, slab, box)
+        self.Storage = storage_struct(spec, layouts)
+        # min_blocks_per_mp > 1 makes the compiler ask the driver for the carve-out unless it is given.
+        carveout = {"preferred_smem_carveout": 100} if spec.ctas_per_sm > 1 else {}
+        self.kernel(
+            tma_q,
+            mQ_tma,
+            tma_o,
+            mO_tma,
+            mO,
+            mK,
+            mV,
+            mLSE,
+            mIds,
+            mWork,
+            softmax_scale * LOG2_E,
+            slice_m,
+            ctas_per_block,
+            layouts.q,
+            layouts.kv,
+            mma_qk,
+            mma_pv,
+        ).launch(
+            grid=(num_ctas, 1, 1),
+            block=[spec.num_threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=spec.ctas_per_sm,
+            **carveout,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        mQ: cute.Tensor,
+        tma_o: cute.CopyAtom,
+        mO_tma: cute.Tensor,
+        mO: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mLSE: cute.Tensor,
+        mIds: cute.Tensor,
+        mWork: cute.Tensor,
+        scale_log2: Float32,
+        slice_m: Int32,
+        ctas_per_block: Int32,
+        q_layout: cute.ComposedLayout,
+        kv_layout: cute.ComposedLayout,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+    ):
+        spec = self.spec
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = SmemAllocator().allocate(self.Storage)
+        sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
+        sK = storage.sK.get_tensor(kv_layout.outer, swizzle=kv_layout.inner)
+        sV = storage.sV.get_tensor(kv_layout.outer, swizzle=kv_layout.inner)
+        if const_expr(spec.stages_output):
+            sO = storage.sO.get_tensor(q_layout.outer, swizzle=q_layout.inner)
+        else:
+            sO = sQ
+        pipes = make_pipes(spec, storage.barriers.data_ptr())
+        if warp == 0:
+            cpasync.prefetch_descriptor(tma_q)
+            cpasync.prefetch_descriptor(tma_o)
+            with cute.arch.elect_one():
+                for pipe in pipes:
+                    pipe.init()
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        scheduler = Scheduler(spec, mWork, slice_m, ctas_per_block, mQ.shape[0])
+        if const_expr(spec.redo):
+            self.exit_unless_poisoned(scheduler, mLSE, storage.redo_flag.get_tensor(cute.make_layout(1)), thread)
+        if warp >= 4 * spec.consumer_warpgroups:
+            cute.arch.setmaxregister_decrease(spec.producer_registers)
+            producer_thread = thread - WARPGROUP_THREADS * spec.consumer_warpgroups
+            producer_warp = warp - 4 * spec.consumer_warpgroups
+            Loader(spec, scheduler, tma_q, mQ, mK, mV, mIds, sQ, sK, sV, pipes, producer_thread, producer_warp).run()
+        else:
+            cute.arch.setmaxregister_increase(spec.consumer_registers)
+            warpgroup_index = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
+            wg_thread = thread % WARPGROUP_THREADS
+            mainloop = Mainloop(spec, mma_qk, mma_pv, sQ, sK, sV, pipes, wg_thread, warpgroup_index, scale_log2)
+            epilogue = Epilogue(spec, tma_o, mO, mO_tma, mLSE, sO, mma_pv, wg_thread, warpgroup_index)
+            Consumer(spec, scheduler, mainloop, epilogue).run()
+
+    @cute.jit
+    def exit_unless_poisoned(self, scheduler, mLSE, flag, thread):
+        """Redo pass: end the CTA unless one of its rows was left with LSE = +inf or NaN by a fixed_ref launch."""
+        work = scheduler.fetch(scheduler.item_index(Int32(0)))
+        if thread == 0:
+            flag[0] = Int32(0)
+        cute.arch.sync_threads()
+        row = work.row + thread
+        if thread < self.spec.tile_m and row < work.row_end:
+            lse = mLSE[work.batch, work.head, row]
+            if lse != lse or lse == Float32.inf:
+                flag[0] = Int32(1)
+        cute.arch.sync_threads()
+        exit_if_zero(flag[0])

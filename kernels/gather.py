@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The asynchronous gather: list ids -> key rows -> 16-byte cp.async into a packed, swizzled tile.
+
+A producer warpgroup copies ``row_groups`` rows side by side (16 for 128-byte swizzle atoms, 32 for 64-byte ones), each by
+``lanes_per_row`` neighbouring threads. Group g takes the list positions [g * R, g * R + R) of a tile, R = rows_per_thread,
+and writes position g * R + m to shared row m * row_groups + g. Softmax does not care about the order of keys, and this
+permutation makes a thread's ids neighbours in the list (vector loads), its swizzle one XOR for the whole kernel, and
+every further shared offset an immediate.
+"""
+
+import math
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+
+from .ptx import cp_async_16, cp_async_16_or_zero
+from .smem import swizzled_chunk
+
+
+class Gather:
+    """One producer thread's share of every K and V tile."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        rows, seg = spec.rows_per_thread, spec.slice_n
+        # How a thread's R list positions expand from segments to rows. All are exact for every slice_n:
+        #   "ids":  its positions start and end with a segment: R / slice_n neighbouring ids, loaded as vectors
+        #   "one":  its positions lie inside one segment: one id
+        #   "each": segments straddle threads (tile_n 80 with slice_n 8, slice_n 3, ...): one id per row
+        if rows % seg == 0:
+            self.expansion, self.ids_per_thread = "ids", rows // seg
+        elif seg % rows == 0:
+            self.expansion, self.ids_per_thread = "one", 1
+        else:
+            self.expansion, self.ids_per_thread = "each", rows
+        # An L2 prefetch hint wider than the row would drag in a neighbour that may not be listed.
+        row_bytes = spec.atoms_per_row * spec.swizzle_bytes
+        self.l2_prefetch_bytes = 256 if row_bytes % 256 == 0 else 128 if row_bytes % 128 == 0 else 64
+
+    def group(self, thread):
+        return thread // self.spec.lanes_per_row
+
+    def chunk(self, thread):
+        return thread % self.spec.lanes_per_row
+
+    @cute.jit
+    def smem_offset(self, thread: Int32) -> Int32:
+        """Byte offset of this thread's first chunk inside a tile."""
+        g = self.group(thread)
+        return g * self.spec.swizzle_bytes + swizzled_chunk(self.spec, g, self.chunk(thread)) * 16
+
+    @cute.jit
+    def load_ids(self, ids: cute.Tensor, mList: cute.Tensor, tile: Int32, group: Int32):
+        """Read the ids behind this thread's rows of ``tile``. mList: (n,) int32, from the list's start on."""
+        position = tile * self.spec.tile_n + group * self.spec.rows_per_thread
+        if const_expr(self.expansion == "each"):
+            for m in cutlass.range_constexpr(self.ids_per_thread):
+                ids[m] = mList[(position + m) // self.spec.slice_n]
+        else:
+            vector = math.gcd(self.ids_per_thread, 4)
+            first = (mList.iterator + position // self.spec.slice_n).align(4 * vector)
+            cute.autovec_copy(cute.make_tensor(first, cute.make_layout(self.ids_per_thread)), ids)
+
+    @cute.jit
+    def expand(self, rows: cute.Tensor, ids: cute.Tensor, tile: Int32, group: Int32, seqlen_k: Int32):
+        """Ids -> key rows, clamped into the sequence: an id from outside reads a wrong row, never outside memory."""
+        seg = self.spec.slice_n
+        position = tile * self.spec.tile_n + group * self.spec.rows_per_thread
+        for m in cutlass.range_constexpr(self.spec.rows_per_thread):
+            if const_expr(self.expansion == "ids"):
+                row = ids[m // seg] * seg + m % seg
+            elif const_expr(self.expansion == "one"):
+                row = ids[0] * seg + position % seg + m
+            else:
+                row = ids[m] * seg + (position + m) % seg
+            rows[m] = cutlass.min(cutlass.max(row, 0), seqlen_k - 1)
+
+    @cute.jit
+    def copy_tile(
+        self,
+        smem_addr: Int32,  # of this thread's first chunk in the stage
+        global_addr: Int64,  # of this thread's first chunk of row 0
+        row_bytes: Int32,
+        rows: cute.Tensor,  # (R,) int32
+        group: Int32,
+        num_valid: Int32,  # list positions of this tile that hold a key
+        whole: cutlass.Constexpr[bool],  # every position does
+    ):
+        """Issue the copies of one tile. Positions past the list's end are zero-filled and read nothing."""
+        spec = self.spec
+        for m in cutlass.range_constexpr(spec.rows_per_thread):
+            source = global_addr + Int64(rows[m]) * Int64(row_bytes)
+            for a in cutlass.range_constexpr(spec.atoms_per_row):
+                target = smem_addr + (m * spec.row_groups + a * spec.tile_n) * spec.swizzle_bytes
+                chunk = source + a * spec.swizzle_bytes
+                if const_expr(whole):
+                    cp_async_16(target, chunk, self.l2_prefetch_bytes)
+                else:
+                    present = group * spec.rows_per_thread + m < num_valid
+                    cp_async_16_or_zero(target, chunk, Int32(16 if present else 0), self.l2_prefetch_bytes)

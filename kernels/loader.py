@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Producer role: Q by TMA, K and V by gather, tile by tile.
+
+Order of the loads: K_0, then pairs (V_i, K_i+1), because both slots of a pair come free in the same consumer step, then
+the last V. With the fence on the producer's side a thread publishes a tile only after waiting for its own copies of it;
+the copies of the next tile are already in flight then. The list's partial tile comes last, so that the softmax reference
+comes from a full tile; only the first and the last tile pay for predicated copies.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from .gather import Gather
+from .spec import ELEMENT_BYTES, WGMMA_ROWS
+
+
+class Loader:
+    def __init__(self, spec, scheduler, tma_q, mQ, mK, mV, mIds, sQ, sK, sV, pipes, thread, warp):
+        self.spec = spec
+        self.scheduler = scheduler
+        self.thread, self.warp = thread, warp
+        self.gather = Gather(spec)
+        self.group = self.gather.group(thread)
+        self.tma_q = tma_q
+        self.mQ, self.mK, self.mV, self.mIds = mQ, mK, mV, mIds
+        self.sQ, self.sK, self.sV = sQ, sK, sV
+        self.pipe_q, self.pipe_k, self.pipe_v = pipes
+
+    @cute.jit
+    def run(self):
+        """All items of this CTA. tiles and items count what this producer has put into the pipes."""
+        tiles, items, step = Int32(0), Int32(0), Int32(0)
+        index = self.scheduler.item_index(step)
+        if const_expr(self.spec.scheduler == "grid"):
+            self.take(index, tiles, items)
+        else:
+            while self.scheduler.is_valid(index):
+                tiles, items = self.take(index, tiles, items)
+                step += 1
+                index = self.scheduler.item_index(step)
+
+    @cute.jit
+    def take(self, index: Int32, tiles: Int32, items: Int32):
+        work = self.scheduler.fetch(index)
+        if work.num_keys > 0:
+            tiles = self.load_item(work, tiles, items)
+            items += 1
+        return tiles, items
+
+    @cute.jit
+    def load_item(self, work, it: Int32, items: Int32) -> Int32:
+        """Load everything of one non-empty work item. it: tiles loaded before; items: work items loaded before.
+
+        Returns the new number of tiles.
+        """
+        tile_n = self.spec.tile_n
+        last = cute.ceil_div(work.num_keys, tile_n) - 1
+        k = self.side(self.mK, self.sK, work)
+        v = self.side(self.mV, self.sV, work)
+        mList = cute.make_tensor(self.mIds.iterator + work.list_start, cute.make_layout(1 << 30))
+        ids = cute.make_rmem_tensor((self.gather.ids_per_thread,), Int32)
+        rows = cute.make_rmem_tensor((self.spec.rows_per_thread,), Int32)
+
+        # The ids of the next tile are always read one tile ahead.
+        self.gather.load_ids(ids, mList, Int32(0), self.group)
+        self.gather.expand(rows, ids, Int32(0), self.group, self.mK.shape[0])
+        self.gather.load_ids(ids, mList, cutlass.min(1, last), self.group)
+        self.pipe_k.acquire(it)
+        self.copy(self.pipe_k, it, k, rows, work.num_keys, False)
+        if self.warp == 0:
+            self.load_q(work, items)
+        self.publish(self.pipe_k, it, 0)
+        self.pipe_v.acquire(it)
+        self.copy(self.pipe_v, it, v, rows, work.num_keys, False)
+        for i in cutlass.range(1, last, unroll=1):
+            self.gather.expand(rows, ids, i, self.group, self.mK.shape[0])
+            self.gather.load_ids(ids, mList, i + 1, self.group)
+            self.load_pair(it, k, v, rows, tile_n, True)
+            it += 1
+        if last > 0:
+            self.gather.expand(rows, ids, last, self.group, self.mK.shape[0])
+            self.load_pair(it, k, v, rows, work.num_keys - last * tile_n, False)
+            it += 1
+        self.publish(self.pipe_v, it, 0)
+        return it + 1
+
+    @cute.jit
+    def load_pair(self, it: Int32, k, v, rows: cute.Tensor, num_valid: Int32, whole: cutlass.Constexpr[bool]):
+        """Copy K and then V of tile ``it + 1``; publish V of tile ``it`` and K of tile ``it + 1`` on the way."""
+        self.pipe_k.acquire(it + 1)
+        self.copy(self.pipe_k, it + 1, k, rows, num_valid, whole)
+        self.publish(self.pipe_v, it, 1)
+        self.publish(self.pipe_k, it + 1, 0)
+        self.pipe_v.acquire(it + 1)
+        self.copy(self.pipe_v, it + 1, v, rows, num_valid, whole)
+
+    def side(self, mX: cute.Tensor, sX: cute.Tensor, work) -> tuple:
+        """(shared address, global address, row bytes) of this thread's first chunk of K or V for one work item."""
+        head_kv = work.head // (self.mQ.shape[2] // mX.shape[2])
+        source = mX[None, None, head_kv, work.batch].iterator.toint() + Int64(self.gather.chunk(self.thread) * 16)
+        target = Int32(sX.iterator.toint()) + self.gather.smem_offset(self.thread)
+        return target, source, Int32(mX.stride[0] * ELEMENT_BYTES)
+
+    @cute.jit
+    def copy(self, pipe, i: Int32, side, rows: cute.Tensor, num_valid: Int32, whole: cutlass.Constexpr[bool]):
+        """Issue this thread's copies of tile ``i`` and close their group."""
+        target, source, row_bytes = side
+        target = target + pipe.slot(i) * (self.spec.tile_n * self.spec.head_dim * ELEMENT_BYTES)
+        self.gather.copy_tile(target, source, row_bytes, rows, self.group, num_valid, whole)
+        if const_expr(self.spec.proxy_fence == "producer"):
+            cute.arch.cp_async_commit_group()
+        else:
+            pipe.arrive_when_copied(i)
+
+    @cute.jit
+    def load_q(self, work, items: Int32):
+        """One warp: a 64-row box per consumer warpgroup. Rows past Sq are zero-filled; rows of the next query block
+        may come along and are never stored."""
+        spec = self.spec
+        self.pipe_q.acquire(items)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.pipe_q.full, spec.tile_m * spec.head_dim * ELEMENT_BYTES)
+        mQ = cute.domain_offset((work.row, 0), self.mQ[None, None, work.head, work.batch])
+        gQ = cute.local_tile(mQ, (WGMMA_ROWS, spec.head_dim), (None, 0))
+        source_shape = cute.group_modes(gQ, 0, 2)
+        tQs, tQg = cpasync.tma_partition(
+            self.tma_q, 0, cute.make_layout(1), cute.group_modes(self.sQ, 0, 2), source_shape
+        )
+        for w in cutlass.range_constexpr(spec.consumer_warpgroups):
+            cute.copy(self.tma_q, tQg[None, w], tQs[None, w], tma_bar_ptr=self.pipe_q.full)
+
+    @cute.jit
+    def publish(self, pipe, i: Int32, in_flight: cutlass.Constexpr[int]):
+        """Make this thread's part of tile ``i`` visible to WGMMA, leaving ``in_flight`` younger groups of copies alone.
+
+        cp.async writes through the generic proxy and WGMMA reads through the async one, so the PTX ISA (Async proxy)
+        asks for a proxy fence between the completed copies and the arrival.
+        """
+        if const_expr(self.spec.proxy_fence == "producer"):
+            cute.arch.cp_async_wait_group(in_flight)
+            cute.arch.fence_view_async_shared()
+            pipe.arrive(i)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Consumer role: S = Q K^T, softmax, O += P V over the packed tiles of a list.
+
+Q K^T of tile i+1 and P V of tile i are in flight together; the softmax of tile i+1 runs under P V of tile i::
+
+    QK 0 | softmax 0 | QK 1, PV 0 | softmax 1 | ... | QK t, PV t-1 | mask, softmax t | PV t
+
+Tile 0 and the last tile t stand outside the loop: tile 0 sets the softmax reference, tile t alone is masked.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import warp, warpgroup
+
+from .fragments import as_operand_a, convert, multiply
+from .masking import TailMask
+from .schedule import TensorCoreOrder
+from .smem import element_type
+from .softmax import Softmax
+from .spec import WGMMA_ROWS
+
+
+class Mainloop:
+    """One consumer thread: fragments of its warpgroup's 64 rows. ``acc_O`` and ``softmax`` are the result."""
+
+    def __init__(self, spec, mma_qk, mma_pv, sQ, sK, sV, pipes, thread, warpgroup_index, scale_log2):
+        self.spec = spec
+        self.mma_qk, self.mma_pv = mma_qk, mma_pv
+        self.pipe_q, self.pipe_k, self.pipe_v = pipes
+        self.order = TensorCoreOrder(spec)
+        self.thread, self.warpgroup_index = thread, warpgroup_index
+        self.scale_log2 = scale_log2
+        self.sQ = sQ
+        self.dtype = element_type(spec)
+        self.tail_mask = TailMask(spec)
+        qk, pv = mma_qk.get_slice(0), mma_pv.get_slice(0)
+        sVt = cute.composition(
+            sV, cute.make_ordered_layout((spec.head_dim, spec.tile_n, spec.kv_stages), order=(1, 0, 2))
+        )
+        if const_expr(spec.q_source == "registers"):
+            self.tSrQ = qk.make_fragment_A(qk.partition_shape_A((WGMMA_ROWS, spec.head_dim)))
+        else:
+            self.tSrQ = qk.make_fragment_A(qk.partition_A(sQ))[None, None, None, warpgroup_index]
+        self.tSrK = qk.make_fragment_B(qk.partition_B(sK))
+        self.tOrV = pv.make_fragment_B(pv.partition_B(sVt))
+        self.shape_S = qk.partition_shape_C((WGMMA_ROWS, spec.tile_n))
+        self.tOrP = pv.make_fragment_A(pv.partition_shape_A((WGMMA_ROWS, spec.tile_n)))
+        self.acc_O = cute.make_rmem_tensor(pv.partition_shape_C((WGMMA_ROWS, spec.head_dim)), Float32)
+        self.softmax = Softmax(spec, scale_log2)
+
+    @cute.jit
+    def reset(self):
+        """Before a work item: what an empty list leaves behind."""
+        self.acc_O.fill(0.0)
+        self.softmax.reset()
+
+    @cute.jit
+    def attend(self, num_keys: Int32, it: Int32, items: Int32) -> Int32:
+        """Attend to one list of ``num_keys`` >= 1 keys. it: tiles consumed before; items: work items consumed before.
+
+        Returns the new number of tiles.
+        """
+        tile_n = self.spec.tile_n
+        last = cute.ceil_div(num_keys, tile_n) - 1
+        self.pipe_q.wait(items)
+        self.read_q()
+
+        self.pipe_k.wait(it)
+        acc_S = self.new_scores()
+        multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(it)], True)
+        warpgroup.wait_group(0)
+        self.pipe_k.release(it)
+        self.tail_mask.apply(acc_S, num_keys, self.thread)
+        self.softmax.first_tile(acc_S)
+        self.store_p(acc_S)
+
+        for _ in cutlass.range(1, last, unroll=1):
+            self.step(it, tile_n, False)
+            it += 1
+        if last > 0:
+            self.step(it, num_keys - last * tile_n, True)
+            it += 1
+
+        if const_expr(self.spec.scheduler == "persistent"):
+            self.pipe_q.release(items)
+        self.pipe_v.wait(it)
+        self.multiply_v(it)
+        warpgroup.wait_group(0)
+        self.pipe_v.release(it)
+        return it + 1
+
+    @cute.jit
+    def step(self, it: Int32, num_valid: Int32, is_tail: cutlass.Constexpr[bool]):
+        """Q K^T and softmax of tile ``it + 1``, P V of tile ``it``."""
+        if const_expr(self.softmax.fixed):
+            self.softmax.guard(self.acc_O, self.tOrP)
+        self.pipe_k.wait(it + 1)
+        acc_S = self.new_scores()
+        self.order.wait_turn(self.warpgroup_index)
+        multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(it + 1)], True)
+        self.pipe_v.wait(it)
+        self.multiply_v(it)
+        self.order.pass_on(self.warpgroup_index)
+        warpgroup.wait_group(1)
+        self.pipe_k.release(it + 1)
+        if const_expr(is_tail):
+            self.tail_mask.apply(acc_S, num_valid, self.thread)
+        self.softmax.next_tile(acc_S)
+        warpgroup.wait_group(0)
+        self.pipe_v.release(it)
+        self.store_p(acc_S)
+        if const_expr(not self.softmax.fixed):
+            self.softmax.rescale_output(self.acc_O)
+
+    @cute.jit
+    def multiply_v(self, it: Int32):
+        multiply(self.mma_pv, self.acc_O, self.tOrP, self.tOrV[None, None, None, self.pipe_v.slot(it)], False)
+
+    @cute.jit
+    def read_q(self):
+        """Q slab -> registers, where the spec holds it there (less shared-memory traffic per product)."""
+        if const_expr(self.spec.q_source == "registers"):
+            atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
+            copy = cute.make_tiled_copy_A(atom, self.mma_qk).get_slice(self.thread)
+            slab = self.sQ[None, None, self.warpgroup_index]
+            cute.copy(atom, copy.partition_S(slab), copy.retile(self.tSrQ))
+
+    def new_scores(self):
+        return cute.make_rmem_tensor(self.shape_S, Float32)
+
+    @cute.jit
+    def store_p(self, acc_S: cute.Tensor):
+        convert(as_operand_a(acc_S), self.tOrP, self.dtype)

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fgattn_cute.errors import FgAttnError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+PIPE_COLUMNS = 240
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -43,6 +45,21 @@ def main() -> None:
 
 def print_json(value) -> None:
     print(json.dumps(value, indent=2, sort_keys=False, default=str))
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; as wide as it needs to be in a file or a pipe."""
+    Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Two columns, the first one bold."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(str(value)))
+    print_table(table)
 
 
 class Bars:
@@ -77,6 +94,134 @@ class Bars:
 
 
 @app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, which backends work, and why the others do not. Exit code 1 if no kernel can run."""
+    from fgattn_cute.doctor import examine
+
+    found = examine()
+    runs = found["backends"]["cuda"] is None or found["backends"]["emulator"] is None
+    if as_json:
+        print_json(found)
+    else:
+        rows = [("python", f"{found['python']} on {found['platform']}, {found['cpus']} CPUs")]
+        rows += [(name, version or "not installed") for name, version in found["packages"].items()]
+        gpu = found["gpu"]
+        rows.append(("GPU", f"{gpu['name']} ({gpu['cc'][0]}.{gpu['cc'][1]}, {gpu['sms']} SMs)" if gpu else "none"))
+        rows.append(("kernel cache", found["cache"]["problem"] or found["cache"]["folder"]))
+        rows += list(found["environment"].items())
+        rows += [(f"backend {name}", f"no: {why}" if why else "works") for name, why in found["backends"].items()]
+        print_rows(rows)
+    if not runs:
+        raise typer.Exit(1)
+
+
+presets_app = typer.Typer(help="The kernels' presets, one YAML file per GPU.", no_args_is_help=True)
+app.add_typer(presets_app, name="presets")
+GpuFile = Annotated[str, typer.Option("--gpu", help="File of configs/ without .yaml: h200, h100_sxm, sm90, ...")]
+
+
+@presets_app.command("list")
+def presets_list(
+    gpu: Annotated[str, typer.Option(help="One file of configs/ without .yaml; all by default.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Every preset: what it is for and what it multiplies."""
+    from fgattn_cute import presets
+
+    files = [presets.builtin(stem) for stem in ([gpu] if gpu else presets.builtin_names())]
+    if as_json:
+        print_json([_preset_data(preset) for file in files for preset in file.presets])
+        return
+    table = Table("file", "preset", "for", "tile", "softmax", "provenance", box=None, padding=(0, 2, 0, 0))
+    for file in files:
+        for preset in file.presets:
+            fields = preset.fields
+            tile = f"{fields['tile_m']} x {fields['tile_n']}"
+            table.add_row(file.name, preset.id, _conditions(preset), tile, fields["softmax"], preset.provenance)
+    print_table(table)
+
+
+@presets_app.command("show")
+def presets_show(
+    preset_id: Annotated[str, typer.Argument(metavar="PRESET")], gpu: GpuFile = "sm90", as_json: AsJson = False
+) -> None:
+    """One preset in full, with the budgets of each kernel that it stands for."""
+    from fgattn_cute import presets
+
+    preset = presets.builtin(gpu).get(preset_id)
+    data = _preset_data(preset)
+    data["kernels"] = [
+        {
+            "name": spec.name,
+            "smem_bytes": spec.smem_bytes(),
+            "register_estimate": spec.register_estimate(),
+            "consumer_registers": spec.consumer_registers,
+            "reasons": spec.reasons(),
+        }
+        for spec in preset.specs()
+    ]
+    if as_json:
+        print_json(data)
+        return
+    print_rows([(key, _inline(value)) for key, value in data.items() if key != "kernels"])
+    table = Table("kernel", "shared memory", "registers", "cannot run because", box=None, padding=(0, 2, 0, 0))
+    for kernel in data["kernels"]:
+        registers = f"{kernel['register_estimate']} of {kernel['consumer_registers']}"
+        table.add_row(kernel["name"], f"{kernel['smem_bytes']:,} B", registers, "; ".join(kernel["reasons"]))
+    print_table(table)
+
+
+@presets_app.command("validate")
+def presets_validate(
+    files: Annotated[list[Path] | None, typer.Argument(help="YAML files; by default the shipped ones.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check preset files: syntax, keys, and that every kernel they name can run. Exit code 1 if one is wrong."""
+    from fgattn_cute import presets
+    from fgattn_cute.errors import PresetError
+
+    paths = files or [presets.CONFIG_DIR / f"{stem}.yaml" for stem in presets.builtin_names()]
+    verdicts = []
+    for path in paths:
+        try:
+            loaded = presets.load(path)
+            verdicts.append({"file": path.name, "presets": len(loaded.presets), "error": None})
+        except PresetError as wrong:
+            verdicts.append({"file": path.name, "presets": None, "error": str(wrong)})
+    if as_json:
+        print_json(verdicts)
+    else:
+        print_rows([(v["file"], v["error"] or f"{v['presets']} presets, all can run") for v in verdicts])
+    if any(v["error"] for v in verdicts):
+        raise typer.Exit(1)
+
+
+def _preset_data(preset) -> dict:
+    return {
+        "file": preset.file,
+        "id": preset.id,
+        "when": preset.when.model_dump(exclude_none=True),
+        **preset.fields,
+        "provenance": preset.provenance,
+        "measured": preset.measured.model_dump(mode="json", exclude_none=True),
+        "tune": {key: list(values) for key, values in preset.tune.items()},
+    }
+
+
+def _conditions(preset) -> str:
+    when = preset.when.model_dump(exclude_none=True)
+    return ", ".join(f"{key} {_inline(value)}" for key, value in when.items()) or "everything else"
+
+
+def _inline(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_inline(inner)}" for key, inner in value.items()) or "nothing"
+    if isinstance(value, (list, tuple)):
+        return "/".join(map(str, value))
+    return str(value)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the picture.")] = Path(".demo"),
     backend: Annotated[str, typer.Option(help="auto, cuda or emulator.")] = "auto",
@@ -98,28 +243,27 @@ def demo(
 
 
 def _print_demo(result) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
     runs_on = "GPU" if result.backend == "cuda" else "emulator"
-    table.add_row("runs on", f"{runs_on}: {result.machine}")
-    table.add_row("input", f"{result.photo}: {result.tokens:,} tokens, {result.heads} heads of {result.head_dim}")
-    table.add_row("kernel", result.choice)
-    table.add_row("density", f"{result.density:.1%} of the (query, key) pairs are computed")
-    table.add_row("kept softmax mass", f"{result.kept_mass:.2%}")
     within = "within" if result.error <= result.error_limit else "OVER"
-    table.add_row(
-        "error",
-        f"out {result.error:.2e}, lse {result.lse_error:.2e} against fp32 on the same keys, {within} the "
-        f"limit of {result.error_limit:.2e}",
-    )
-    table.add_row("against dense", f"{result.dense_change:.2%} relative change of out, the price of the skipped pairs")
     if result.dense_seconds is None:
-        table.add_row("time", f"{result.seconds:.1f} s to compile and to emulate; says nothing about a GPU's time")
+        taken = f"{result.seconds:.1f} s to compile and to emulate; says nothing about a GPU's time"
     else:
-        faster = result.dense_seconds / result.seconds
-        table.add_row(
-            "time", f"{1e3 * result.seconds:.3f} ms, torch dense {1e3 * result.dense_seconds:.3f} ms: {faster:.2f} x"
-        )
-    table.add_row("picture", result.picture)
-    Console(soft_wrap=True).print(table)
+        sparse_ms, dense_ms = 1e3 * result.seconds, 1e3 * result.dense_seconds
+        taken = f"{sparse_ms:.3f} ms, torch's dense attention {dense_ms:.3f} ms: {dense_ms / sparse_ms:.2f} x"
+    print_rows(
+        [
+            ("runs on", f"{runs_on}: {result.machine}"),
+            ("input", f"{result.photo}: {result.tokens:,} tokens, {result.heads} heads of {result.head_dim}"),
+            ("kernel", result.choice),
+            ("density", f"{result.density:.1%} of the (query, key) pairs are computed"),
+            ("kept softmax mass", f"{result.kept_mass:.2%}"),
+            (
+                "error",
+                f"out {result.error:.2e}, lse {result.lse_error:.2e} against fp32 on the same keys, {within} the "
+                f"limit of {result.error_limit:.2e}",
+            ),
+            ("against dense", f"out changes by {result.dense_change:.2%}, the price of the skipped pairs"),
+            ("time", taken),
+            ("picture", result.picture),
+        ]
+    )

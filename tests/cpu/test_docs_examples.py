@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents claim: the README's example runs, links lead somewhere, named commands and options exist."""
+
+import contextlib
+import io
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_example_computes_sparse_attention():
+    (example,) = code_blocks(ROOT / "README.md", "python")
+    statements = [line for line in example.splitlines() if line.strip()]
+    assert len(statements) <= 12, "the README promises a short example"
+    scope: dict = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), scope)
+
+    import torch
+
+    q, k, v, keep, out, lse = (scope[name] for name in ("q", "k", "v", "keep", "out", "lse"))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~keep.repeat_interleave(128, 2), -torch.inf)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+    assert out.shape == q.shape and out.dtype == q.dtype
+    torch.testing.assert_close(out.double(), expected, atol=5e-3, rtol=1e-2)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-3, rtol=1e-4)
+    density = keep.double().mean().item()
+    assert f"density {density:.3f}" in printed.getvalue()
+    assert len(printed.getvalue().splitlines()) >= 2, "explain prints nothing"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_documents_name_exist(path):
+    named = re.findall(
+        r"`((?:kernels|fgattn_cute|configs|tests|docs|perf)/[\w./]+\.(?:py|yaml|json|md))`", path.read_text()
+    )
+    for name in named:
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_make_targets_that_documents_name_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for path in DOCUMENTS:
+        for target in re.findall(r"\bmake ([a-z]+)\b(?=[`\s]*(?:#|`|$))", path.read_text(), flags=re.MULTILINE):
+            assert target in targets, f"{path.name} says make {target}"
+
+
+def test_settings_table_matches_the_code():
+    """Every FGATTN_ variable that a document names is one that the package reads."""
+    source = (ROOT / "fgattn_cute/settings.py").read_text()
+    for path in DOCUMENTS:
+        for name in set(re.findall(r"FGATTN_[A-Z_]+", path.read_text())):
+            assert name in source, f"{path.name} names {name}"
+
+
+def test_ci_is_executable_and_calls_make_test():
+    script = ROOT / ".ci/run"
+    assert script.stat().st_mode & 0o111, ".ci/run must be executable"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert "make test" in script.read_text()
+
+
+def test_no_document_names_a_folder_of_some_machine():
+    for path in DOCUMENTS:
+        found = re.findall(r"(?<![\w.~])/(?:home|root|tmp|work|Users)/\S*", path.read_text())
+        assert not found, f"{path.name}: {found}"

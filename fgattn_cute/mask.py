@@ -9,6 +9,7 @@ lists at 30 % density, so this is the form in which masks are kept, combined and
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -140,6 +141,11 @@ class SliceMask:
         """slice_m, slice_n, seqlen_q and seqlen_k as keyword arguments."""
         names = ("slice_m", "slice_n", "seqlen_q", "seqlen_k")
         return {name: getattr(self, name) for name in names}
+
+    @functools.cached_property
+    def signature(self) -> tuple:
+        """Everything about the mask that the soundness of a call depends on, besides the stored bits."""
+        return (type(self), *self.geometry.values(), self.batch, self.heads, self.device)
 
     def kept_slices(self) -> torch.Tensor:
         """Kept slices of each query block: int64 (batch, heads, blocks_q), on the mask's device."""

@@ -7,6 +7,7 @@ A plan knows slices, not tiles: it is never padded to a tile width, so any prese
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -208,6 +209,11 @@ class Plan:
         """Ids that lists can use: the buffer without its slack."""
         return self.ids.numel() - PLAN_SLACK
 
+    @functools.cached_property
+    def signature(self) -> tuple:
+        """Everything about the plan that the soundness of a call depends on, besides the stored values."""
+        return (type(self), *self.geometry.values(), self.batch, self.heads, self.device)
+
     def counts(self) -> torch.Tensor:
         """Segments in each list: int64 (batch, heads, blocks_q), on the plan's device."""
         return (self.keys.long() + self.slice_n - 1) // self.slice_n
@@ -303,7 +309,7 @@ class Plan:
         need(~faults["order"], "ids not ascending")
         need(~faults["duplicate"], "duplicate ids")
         short = self.blocks_k * self.slice_n - self.seqlen_k
-        expected = counts * self.slice_n - faults["ends_short"] * short
+        expected = counts * self.slice_n - faults["lists_last"] * short
         if not why:
             need(self.keys == expected, "key count does not match the list (whole segments, the last clipped)")
         return why
@@ -351,10 +357,10 @@ def _checked_capacity(capacity: int | None) -> int | None:
 
 
 def _list_faults(plan: Plan, counts: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Per list: an id out of range, ids not ascending, ids repeated, and whether the list ends with the short segment."""
+    """Per list: an id out of range, ids not ascending, ids repeated, and whether the last segment is listed."""
     counts, offset = counts.reshape(-1, 1), plan.offset.reshape(-1, 1)
     cells = torch.arange(max(2, int(counts.max())), device=plan.device)
-    names = ("range", "order", "duplicate", "ends_short")
+    names = ("range", "order", "duplicate", "lists_last")
     found = {name: torch.zeros(plan.keys.numel(), dtype=torch.bool, device=plan.device) for name in names}
     step = max(1, _CHUNK_CELLS // cells.numel())
     for first in range(0, counts.shape[0], step):
@@ -365,5 +371,5 @@ def _list_faults(plan: Plan, counts: torch.Tensor) -> dict[str, torch.Tensor]:
         found["order"][part] = (valid[:, 1:] & (listed[:, 1:] < listed[:, :-1])).any(-1)
         ordered = torch.where(valid, listed, torch.iinfo(torch.int32).max).sort(-1).values
         found["duplicate"][part] = (valid[:, 1:] & (ordered[:, 1:] == ordered[:, :-1])).any(-1)
-        found["ends_short"][part] = (valid & (listed == plan.blocks_k - 1)).any(-1)
+        found["lists_last"][part] = (valid & (listed == plan.blocks_k - 1)).any(-1)
     return {name: flags.view(plan.keys.shape) for name, flags in found.items()}

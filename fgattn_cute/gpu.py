@@ -35,8 +35,8 @@ class Gpu:
         """Why the kernels cannot run on this GPU; empty when they can."""
         if tuple(self.cc) != SUPPORTED_CC:
             return [
-                f"{self.name} has compute capability {self.cc[0]}.{self.cc[1]}; the kernels are sm_90a code, which runs "
-                "on Hopper (H100, H200, GH200, H20) and on nothing else"
+                f"{self.name} has compute capability {self.cc[0]}.{self.cc[1]}; the kernels are sm_90a code, which "
+                "runs on Hopper (H100, H200, GH200, H20) and on nothing else"
             ]
         return []
 

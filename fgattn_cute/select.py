@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problem x Gpu -> Choice: which kernel runs a call, where the choice came from and why.
+
+Order: an explicit spec; the user's preset file (FGATTN_CONFIG); the shipped file of the GPU; its fallback.
+
+Inside a file the first preset that takes the mask's slice_m wins. Where none does (slice_m 80, 320, ...), every preset
+of the problem's dtype and head dim can still run it, because larger slices share their list among several CTAs and
+smaller ones leave rows of a CTA idle. Then the cheapest wins: rows computed / speed, with
+``rows = ceil(slice_m / tile_m) * tile_m`` and speed the preset's ``relative_to_dense``, or SPEED_OF_TILE_M of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from . import presets, settings
+from .errors import InputError, PresetError, UnsupportedError, refusal
+from .gpu import Gpu
+from .kernels.spec import FwdSpec
+from .presets import Preset, PresetFile
+from .problem import Problem
+
+# Packed rate relative to dense FA4 by tile_m where a preset has not been measured: H200, D = 128, 30 % density.
+SPEED_OF_TILE_M = {192: 1.0, 128: 0.92, 64: 0.80}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A kernel for a problem.
+
+    spec: complete and able to run.
+    source: "explicit", "user", "preset" or "fallback".
+    preset_id: None for an explicit FwdSpec.
+    why: one sentence.
+    """
+
+    spec: FwdSpec
+    source: str
+    preset_id: str | None
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerUp:
+    """A preset that could have run the problem, and why it was not taken."""
+
+    preset_id: str
+    spec: FwdSpec
+    why: str
+
+
+def select(problem: Problem, gpu: Gpu, spec: FwdSpec | str | None = None) -> Choice:
+    """The kernel for a problem on a GPU.
+
+    Args:
+        problem: as ``checks.check`` returns it.
+        gpu: whose presets are asked.
+        spec: a FwdSpec or the id of a preset, to be used without a choice. What belongs to the plan (slice_n,
+            partial_rows) is set from the problem.
+
+    Raises:
+        UnsupportedError: the GPU or the explicit spec cannot run; the message lists every reason.
+        InputError: the explicit spec is for another dtype or head dim.
+        PresetError: a preset file is wrong, or no preset has that id.
+    """
+    why_not = gpu.reasons()
+    if why_not:
+        raise UnsupportedError(refusal("no kernel runs on this GPU", [str(gpu)], why_not, "CPU tensors, or a Hopper"))
+    if spec is not None:
+        return _explicit(problem, gpu, spec)
+    ranked = _ranked(problem, files_for(gpu))
+    return ranked[0][0]
+
+
+def runners_up(problem: Problem, gpu: Gpu) -> list[RunnerUp]:
+    """Every other preset that could run the problem, best first."""
+    return [
+        RunnerUp(choice.preset_id, choice.spec, why_not) for choice, why_not in _ranked(problem, files_for(gpu))[1:]
+    ]
+
+
+def files_for(gpu: Gpu) -> list[tuple[str, PresetFile]]:
+    """(source, file) in the order in which they are asked."""
+    files = []
+    path = settings.config_path()
+    if path is not None:
+        own = presets.for_gpu(gpu.name, path) if path.is_dir() else presets.load(path)
+        if own is None:
+            raise PresetError(f"has neither a file for {gpu.name} nor {presets.GENERIC}.yaml", file=str(path))
+        files.append(("user", own))
+    files.append(("preset", _shipped(gpu.name)))
+    return files
+
+
+@functools.cache
+def _shipped(name: str) -> PresetFile:
+    return presets.for_gpu(name)
+
+
+def cost(preset: Preset, slice_m: int) -> float:
+    """Rows that a query block computes, over the preset's relative speed. Lower is better."""
+    return rows_computed(preset.fields["tile_m"], slice_m) / speed(preset)
+
+
+def rows_computed(tile_m: int, slice_m: int) -> int:
+    """Rows of all CTAs of one query block, idle ones included."""
+    return -(-slice_m // tile_m) * tile_m
+
+
+def speed(preset: Preset) -> float:
+    """Packed rate relative to dense attention: measured on this GPU, or assumed from the tile."""
+    return preset.measured.relative_to_dense or SPEED_OF_TILE_M[preset.fields["tile_m"]]
+
+
+def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple[Choice, str]]:
+    """(choice, why it would not be the first) of every preset that can run the problem, best first."""
+    facts = {"dtype": problem.dtype_name, "head_dim": problem.head_dim, "slice_n": problem.slice_n}
+    m = problem.slice_m
+    meant, able, last = [], [], []
+    for source, file in files:
+        taking = [p for p in file.presets if p.takes(**facts)]
+        meant += [(source, file, p) for p in taking if p.takes_slice_m(m) and not p.is_fallback]
+        rest = [p for p in taking if not p.takes_slice_m(m)]
+        able += [(source, file, p) for p in sorted(rest, key=lambda p: cost(p, m))]
+        last += [("fallback", file, p) for p in taking if p.is_fallback]
+    ranked = []
+    for source, file, preset in meant + able + last:
+        spec = preset.spec(**facts, partial_rows=m % 64 != 0)
+        rows = rows_computed(spec.tile_m, m)
+        rows_text = f"{rows} rows computed for {m}" if rows != m else f"{m} rows, none idle"
+        if source == "fallback":
+            why = f"{file.name} has no preset for {problem.dtype_name}, head_dim {problem.head_dim}"
+            why_not = "the fallback"
+        elif preset.takes_slice_m(m):
+            why = f"first preset of {file.name} for {_wanted(problem)} ({rows_text}; {preset.provenance})"
+            why_not = f"listed later for the same slice_m ({rows_text})"
+        else:
+            price = cost(preset, m)
+            why = f"no preset of {file.name} is for slice_m {m}; this one costs least: {rows_text}, cost {price:.0f}"
+            why_not = f"made for other slice_m: {rows_text}, cost {price:.0f}"
+        ranked.append((Choice(spec, source, preset.id, why), why_not))
+    return ranked
+
+
+def _wanted(problem: Problem) -> str:
+    return f"{problem.dtype_name}, head_dim {problem.head_dim}, slice_m {problem.slice_m}"
+
+
+def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:
+    facts = {"slice_n": problem.slice_n, "partial_rows": problem.slice_m % 64 != 0}
+    preset_id = None
+    if isinstance(spec, str):
+        preset_id, spec = spec, _by_id(problem, gpu, spec)
+    elif not isinstance(spec, FwdSpec):
+        raise InputError(f"spec is a {type(spec).__name__}, not a FwdSpec or the id of a preset")
+    differing = [
+        f"the spec is for {name} {own}, the call has {asked}"
+        for name, own, asked in (
+            ("dtype", spec.dtype, problem.dtype_name),
+            ("head_dim", spec.head_dim, problem.head_dim),
+        )
+        if own != asked
+    ]
+    if differing:
+        raise InputError(refusal("the spec does not fit the call", [spec.name, problem.describe()], differing))
+    spec = dataclasses.replace(spec, **facts)
+    why_not = spec.reasons()
+    if spec.redo:
+        why_not.append("redo is the second pass of a fixed_ref launch, which the launch itself makes")
+    if spec.softmax == "fixed_ref":
+        why_not += [f"redo pass: {reason}" for reason in spec.redo_spec().reasons()]
+    if why_not:
+        raise UnsupportedError(refusal("the spec cannot run", [spec.name], why_not, "spec=None takes a preset"))
+    return Choice(spec, "explicit", preset_id, "the caller named it")
+
+
+def _by_id(problem: Problem, gpu: Gpu, preset_id: str) -> FwdSpec:
+    files = [file for _, file in files_for(gpu)]
+    for file in files:
+        if any(p.id == preset_id for p in file.presets):
+            preset = file.get(preset_id)
+            if not preset.takes(problem.dtype_name, problem.head_dim, problem.slice_n):
+                raise InputError(
+                    f"preset {preset_id} of {file.name} is not for {problem.dtype_name}, head_dim {problem.head_dim}, "
+                    f"slice_n {problem.slice_n}"
+                )
+            return preset.spec(dtype=problem.dtype_name, head_dim=problem.head_dim, slice_n=problem.slice_n)
+    legal = ", ".join(dict.fromkeys(p.id for file in files for p in file.presets))
+    names = ", ".join(file.name for file in files)
+    raise PresetError(f"no preset {preset_id!r} (legal: {legal})", file=names)

@@ -8,8 +8,10 @@ Kinds of faults in a kernel are the names of the checks in lower case ("bounds",
 
 from __future__ import annotations
 
+from ..errors import FgAttnError
 
-class EmulatorError(RuntimeError):
+
+class EmulatorError(FgAttnError, RuntimeError):
     """A kernel, a launch or the set-up of the emulator is at fault.
 
     Attributes:

@@ -221,6 +221,106 @@ def _inline(value) -> str:
     return str(value)
 
 
+cache_app = typer.Typer(help="The compiled kernels on disk.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("info")
+def cache_info(as_json: AsJson = False) -> None:
+    """Where the cache lies, how much it holds, and each kernel in it."""
+    from fgattn_cute import cache
+
+    info = cache.info()
+    kernels = [
+        {key: record[key] for key in ("name", "stem", "bytes", "stale", "created")} for record in cache.records()
+    ]
+    if as_json:
+        print_json({**dataclasses.asdict(info), "kernels": kernels})
+        return
+    held = f"{info.entries} kernels, {info.bytes / 2**20:.1f} MiB, {info.stale} of them of other sources or versions"
+    print_rows([("folder", info.folder), ("mode", info.mode), ("holds", held)])
+    if kernels:
+        table = Table("kernel", "KiB", "compiled", "", box=None, padding=(0, 2, 0, 0))
+        for kernel in kernels:
+            stale = "stale" if kernel["stale"] else ""
+            table.add_row(kernel["stem"], f"{kernel['bytes'] / 2**10:.0f}", kernel["created"], stale)
+        print_table(table)
+
+
+@cache_app.command("clear")
+def cache_clear(as_json: AsJson = False) -> None:
+    """Remove every compiled kernel."""
+    from fgattn_cute import cache
+
+    _report_removed(cache.prune(max_bytes=0), as_json)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    max_mib: Annotated[int, typer.Option(min=0, help="MiB that may stay; the kernels used last stay.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Remove kernels of other sources or versions, then those not used for longest."""
+    from fgattn_cute import cache
+
+    _report_removed(cache.prune(max_bytes=max_mib * 2**20), as_json)
+
+
+def _report_removed(removed: int, as_json: bool) -> None:
+    print_json({"removed": removed}) if as_json else print(f"removed {removed} kernels")
+
+
+@app.command()
+def explain(
+    seqlen: Annotated[int, typer.Option(min=1, help="Queries.")] = 32760,
+    seqlen_k: Annotated[int, typer.Option(help="Keys; 0 means as many as queries.")] = 0,
+    heads: Annotated[int, typer.Option(min=1)] = 12,
+    kv_heads: Annotated[int, typer.Option(help="Heads of K and V; 0 means as many as of Q.")] = 0,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    head_dim: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    slice_m: Annotated[int, typer.Option(min=1, help="Queries of a slice.")] = 128,
+    slice_n: Annotated[int, typer.Option(min=1, help="Keys of a slice.")] = 1,
+    gpu: Annotated[str, typer.Option(help="File of configs/ without .yaml; by default this machine's GPU.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Which kernel a call would get, where it comes from, why, and what else could have run."""
+    import torch
+
+    from fgattn_cute import gpu as gpus
+    from fgattn_cute.checks import check
+    from fgattn_cute.mask import SliceMask
+    from fgattn_cute.select import runners_up, select
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(dtypes)}", param_hint="--dtype")
+    seqlen_k, kv_heads = seqlen_k or seqlen, kv_heads or heads
+    q = torch.empty(batch, seqlen, heads, head_dim, dtype=dtypes[dtype], device="meta")
+    k = torch.empty(batch, seqlen_k, kv_heads, head_dim, dtype=dtypes[dtype], device="meta")
+    mask = SliceMask.empty(slice_m=slice_m, slice_n=slice_n, seqlen_q=seqlen, seqlen_k=seqlen_k, device="meta")
+    problem = check(q, k, k, mask)
+    chosen_for = gpus.from_config(gpu) if gpu else gpus.current() if torch.cuda.is_available() else gpus.assumed()
+    choice, others = select(problem, chosen_for), runners_up(problem, chosen_for)
+    spec = choice.spec
+    data = {
+        "call": problem.describe(),
+        "gpu": str(chosen_for),
+        "preset": choice.preset_id,
+        "source": choice.source,
+        "why": choice.why,
+        "kernel": spec.name,
+        "smem_bytes": spec.smem_bytes(),
+        "register_estimate": spec.register_estimate(),
+        "runners_up": [{"preset": other.preset_id, "kernel": other.spec.name, "why": other.why} for other in others],
+    }
+    if as_json:
+        print_json(data)
+        return
+    rows = [(key, value) for key, value in data.items() if key != "runners_up"]
+    print_rows(rows + [(f"or {other.preset_id}", other.why) for other in others])
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the picture.")] = Path(".demo"),
@@ -267,3 +367,7 @@ def _print_demo(result) -> None:
             ("picture", result.picture),
         ]
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a person and as a script meet it: text, JSON, exit codes, messages."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("typer", reason="the command line needs the extra cli")
+
+ROOT = Path(__file__).resolve().parents[2]
+STEMS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@dataclasses.dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def fgattn(*arguments, **environment) -> Done:
+    """The console script's entry point, in this process: a new one would spend its time importing torch."""
+    from fgattn_cute.cli import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["fgattn", *map(str, arguments)]),
+        mock.patch.dict(os.environ, environment),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def fgattn_process(*arguments, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fgattn_cute.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_without_a_command_it_lists_them():
+    done = fgattn()
+    assert "Usage" in done.stdout + done.stderr
+    for command in ("demo", "doctor", "explain", "presets", "cache"):
+        assert command in done.stdout + done.stderr
+
+
+def test_doctor_tells_versions_and_backends():
+    import torch
+
+    text, data = fgattn("doctor"), json.loads(fgattn("doctor", "--json").stdout)
+    assert text.returncode == 0
+    assert torch.__version__.split("+")[0] in text.stdout
+    assert data["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(data["backends"]) == {"cuda", "emulator", "reference"}
+    assert data["backends"]["reference"] is None
+    assert (data["backends"]["cuda"] is None) == (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    )
+
+
+def test_doctor_without_compiler_or_gpu_says_so_and_exits_with_1(tmp_path):
+    done = fgattn_process("doctor", "--json", CC="no-such-compiler", CUDA_VISIBLE_DEVICES="")
+    data = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert "no-such-compiler" in data["backends"]["emulator"]
+    assert "GPU" in data["backends"]["cuda"] or "CUDA" in data["backends"]["cuda"]
+
+
+def test_presets_list_names_every_file():
+    listed = json.loads(fgattn("presets", "list", "--json").stdout)
+    assert sorted({preset["file"].removeprefix("configs/").removesuffix(".yaml") for preset in listed}) == STEMS
+    text = fgattn("presets", "list", "--gpu", "h200").stdout
+    shown = [preset for preset in listed if preset["file"] == "configs/h200.yaml"]
+    assert all(preset["id"] in text for preset in shown)
+    assert "configs/h20.yaml" not in text
+
+
+def test_presets_show_gives_the_budgets_of_each_kernel():
+    first = json.loads(fgattn("presets", "list", "--gpu", "h200", "--json").stdout)[0]
+    shown = json.loads(fgattn("presets", "show", first["id"], "--gpu", "h200", "--json").stdout)
+    assert shown["tile_m"] == first["tile_m"]
+    assert shown["kernels"]
+    for kernel in shown["kernels"]:
+        assert 0 < kernel["smem_bytes"] <= 232_448
+        assert kernel["register_estimate"] <= kernel["consumer_registers"]
+        assert kernel["reasons"] == []
+    assert first["id"] in fgattn("presets", "show", first["id"], "--gpu", "h200").stdout
+
+
+def test_an_unknown_preset_is_refused_with_the_legal_ones():
+    done = fgattn("presets", "show", "m999", "--gpu", "h200")
+    assert done.returncode == 1
+    assert "PresetError" in done.stderr and "m999" in done.stderr and "fallback" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_presets_validate_finds_the_line_of_a_typo(tmp_path):
+    assert fgattn("presets", "validate").returncode == 0
+    text = (ROOT / "configs/sm90.yaml").read_text()
+    line = next(i for i, row in enumerate(text.splitlines(), 1) if row.strip().startswith("stages:"))
+    wrong = tmp_path / "mine.yaml"
+    wrong.write_text(text.replace("    stages:", "    stagse:", 1))
+    done = fgattn("presets", "validate", wrong, "--json")
+    assert done.returncode == 1
+    (verdict,) = json.loads(done.stdout)
+    assert "stagse" in verdict["error"] and f"mine.yaml:{line}" in verdict["error"] and "stages" in verdict["error"]
+
+
+def test_explain_follows_slice_m_and_the_gpu_file():
+    flagship = json.loads(fgattn("explain", "--slice-m", 192, "--gpu", "h200", "--json").stdout)
+    assert flagship["preset"] == "m192-d128" and "configs/h200.yaml" in flagship["why"]
+    assert flagship["preset"] not in {other["preset"] for other in flagship["runners_up"]}
+    fp16 = json.loads(fgattn("explain", "--slice-m", 128, "--dtype", "fp16", "--gpu", "sm90", "--json").stdout)
+    assert "exact" in fp16["kernel"] and "_m128" in fp16["kernel"], "fp16 has no fixed_ref kernel"
+    text = fgattn("explain", "--slice-m", 192, "--gpu", "h200").stdout
+    assert flagship["kernel"] in text and flagship["why"] in text
+
+
+def test_explain_refuses_what_cannot_run_with_reasons():
+    done = fgattn("explain", "--head-dim", 80)
+    assert done.returncode == 1
+    assert "head_dim 80" in done.stderr and "64" in done.stderr and "Traceback" not in done.stderr
+    assert fgattn("explain", "--dtype", "fp8").returncode == 2
+
+
+def test_cache_info_prune_and_clear(tmp_path):
+    """On a cache with two entries: one of these sources, one of others."""
+    from fgattn_cute import cache
+    from fgattn_cute.kernels.spec import FwdSpec
+
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    for stem, fingerprint in (("current", cache.fingerprint()), ("old", "0" * 64)):
+        record = {"name": FwdSpec(head_dim=64).name, "fingerprint": fingerprint, "created": "2026-01-01T00:00:00Z"}
+        for suffix, data in ((".o", b"x" * 1000), (".ptx", b"y" * 500), (".json", json.dumps(record).encode())):
+            (folder / f"{stem}{suffix}").write_bytes(data)
+    place = {"FGATTN_CACHE_DIR": str(tmp_path)}
+    info = json.loads(fgattn("cache", "info", "--json", **place).stdout)
+    assert (info["entries"], info["stale"], info["folder"]) == (2, 1, str(folder))
+    assert info["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert "old" in fgattn("cache", "info", **place).stdout
+    assert json.loads(fgattn("cache", "prune", "--json", **place).stdout) == {"removed": 1}
+    assert not (folder / "old.o").exists() and (folder / "current.o").exists()
+    assert fgattn("cache", "clear", **place).stdout == "removed 1 kernels\n"
+    assert not list(folder.iterdir())

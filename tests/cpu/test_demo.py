@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo from photograph to picture, at a size of seconds; and the command line around it."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("skimage", reason="the demo's photograph comes with scikit-image")
+pytest.importorskip("matplotlib", reason="the demo draws with matplotlib")
+
+from fgattn_cute import demo
+from fgattn_cute.errors import DeviceError
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = demo.Size(frames=3, rows=8, columns=12, heads=2)  # 288 tokens: three query blocks, the last one ragged
+
+
+def test_slice_mass_sums_the_softmax_over_each_slice():
+    q, k = torch.randn(2, 1, 300, 2, 64)
+    mass = demo.slice_mass(q, k, 128, demo.Quiet())
+    weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8, dim=-1)
+    expected = torch.stack([weights[:, :, m : m + 128].sum(2) for m in (0, 128, 256)], dim=2)
+    torch.testing.assert_close(mass.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_keep_mass_takes_the_fewest_slices_that_hold_the_share():
+    mass = torch.rand(1, 2, 3, 50).pow(4)
+    keep = demo.keep_mass(mass, 0.9)
+    held = (mass * keep).sum(-1) / mass.sum(-1)
+    assert (held >= 0.9 - 1e-6).all()
+    lightest = torch.where(keep, mass, math.inf).min(-1).values
+    assert ((held - lightest / mass.sum(-1)) < 0.9).all(), "one slice fewer would have been enough"
+    assert (torch.where(keep, 0.0, mass).max(-1).values <= lightest).all(), "a heavier slice was left out"
+
+
+def test_without_a_hopper_the_gpu_is_refused_and_the_emulator_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert demo.pick_backend("auto") == ("emulator", "this CPU, because torch sees no CUDA device")
+    with pytest.raises(DeviceError, match=r"(?s)no CUDA device.*emulator"):
+        demo.pick_backend("cuda")
+
+
+def test_the_whole_demo_on_the_emulator(tmp_path):
+    result = demo.run(tmp_path, backend="emulator", size=SMALL)
+    assert result.backend == "emulator"
+    assert (result.tokens, result.heads, result.head_dim) == (288, 2, 128)
+    assert 0.05 < result.density < 0.95
+    assert demo.KEPT_MASS - 1e-3 <= result.kept_mass <= 1
+    assert 0 < result.error <= result.error_limit
+    assert result.lse_error < 1e-3
+    assert 1e-4 < result.dense_change < 0.25, "skipping 5 % of the mass must show, and must not ruin the output"
+    assert "m128" in result.choice, "slice_m 128 has a preset of its own"
+    assert Path(result.picture) == tmp_path / "attention.png"
+
+    from matplotlib.image import imread
+
+    picture = imread(result.picture)
+    assert picture.shape[1] == 1200
+    assert picture.std() > 0.1, "an empty canvas"
+
+
+def test_a_wrong_backend_is_a_usage_error(tmp_path):
+    command = [sys.executable, "-m", "fgattn_cute.cli", "demo", "--backend", "tpu", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tpu" in done.stderr and "emulator" in done.stderr
+
+
+def test_demo_as_json(tmp_path, monkeypatch, capsys):
+    """The command prints the result's fields; the computation is the test above."""
+    fields = dict.fromkeys(demo.Result.__dataclass_fields__, 0.5)
+    monkeypatch.setattr(demo, "run", lambda out, **_: demo.Result(**fields))
+    from fgattn_cute.cli import app
+
+    app(["demo", "--json", "--out", str(tmp_path)], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == fields

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import torch
 
 from fgattn_cute import bits as _bits
+from fgattn_cute import storage
 from fgattn_cute.errors import MaskError
+
+_CHUNK_CELLS = 1 << 26  # slices held as bool at a time while masks are reshaped
 
 
 def blocks_of(seqlen: int, block: int) -> int:
@@ -182,6 +186,165 @@ class SliceMask:
         """The same mask on another device; itself if it is there already."""
         moved = self.bits.to(device)
         return self if moved is self.bits else dataclasses.replace(self, bits=moved)
+
+    # ---- set algebra ----------------------------------------------------------------------------------------------
+    def __or__(self, other: SliceMask) -> SliceMask:
+        """Slices kept by either mask. A shared batch or heads dimension broadcasts."""
+        return self._combined(other, torch.bitwise_or, "|")
+
+    def __and__(self, other: SliceMask) -> SliceMask:
+        """Slices kept by both masks."""
+        return self._combined(other, torch.bitwise_and, "&")
+
+    def __sub__(self, other: SliceMask) -> SliceMask:
+        """Slices kept by this mask and not by the other."""
+        return self._combined(other, lambda a, b: a & ~b, "-")
+
+    def __invert__(self) -> SliceMask:
+        """Slices that this mask skips."""
+        return dataclasses.replace(self, bits=~self.bits & _bits.tail_mask(self.blocks_k, self.device))
+
+    def _combined(self, other, operation, symbol: str) -> SliceMask:
+        if not isinstance(other, SliceMask):
+            return NotImplemented
+        differ = [f"{n} {v} {symbol} {other.geometry[n]}" for n, v in self.geometry.items() if v != other.geometry[n]]
+        for name in ("batch", "heads"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs and 1 not in (mine, theirs):
+                differ.append(f"{name} {mine} {symbol} {theirs}")
+        if self.device != other.device:
+            differ.append(f"device {self.device} {symbol} {other.device}")
+        if differ:
+            hint = " (bring both to one granularity with refine or coarsen)" if "slice_" in differ[0] else ""
+            raise MaskError(f"masks do not fit together: {', '.join(differ)}{hint}")
+        return dataclasses.replace(self, bits=operation(self.bits, other.bits))
+
+    # ---- granularity and order ------------------------------------------------------------------------------------
+    def refine(self, slice_m: int, slice_n: int) -> SliceMask:
+        """The same kept pairs in finer slices; exact.
+
+        Args:
+            slice_m, slice_n: divisors of the mask's own.
+        """
+        self._check_multiple(self.slice_m, slice_m, self.slice_n, slice_n, "refine", "divisors")
+        rows = torch.arange(blocks_of(self.seqlen_q, slice_m), device=self.device) * slice_m // self.slice_m
+        columns = torch.arange(blocks_of(self.seqlen_k, slice_n), device=self.device) * slice_n // self.slice_n
+        words = self.bits
+        if slice_n != self.slice_n:
+            words = self._repacked(lambda keep: keep.index_select(-1, columns), columns.numel())
+        if slice_m != self.slice_m:
+            words = words.index_select(-2, rows)
+        return SliceMask(words, slice_m, slice_n, self.seqlen_q, self.seqlen_k)
+
+    def coarsen(self, slice_m: int, slice_n: int) -> SliceMask:
+        """Coarser slices, kept where any of their parts is kept; a superset of the kept pairs.
+
+        Args:
+            slice_m, slice_n: multiples of the mask's own.
+        """
+        self._check_multiple(slice_m, self.slice_m, slice_n, self.slice_n, "coarsen", "multiples")
+        words = self.bits
+        if slice_n != self.slice_n:
+            group, columns = slice_n // self.slice_n, blocks_of(self.seqlen_k, slice_n)
+
+            def merge(keep: torch.Tensor) -> torch.Tensor:
+                padded = torch.nn.functional.pad(keep, (0, columns * group - keep.shape[-1]))
+                return padded.unflatten(-1, (columns, group)).any(-1)
+
+            words = self._repacked(merge, columns)
+        if slice_m != self.slice_m:
+            group, rows = slice_m // self.slice_m, blocks_of(self.seqlen_q, slice_m)
+            padded = torch.nn.functional.pad(words, (0, 0, 0, rows * group - words.shape[-2]))
+            parts = padded.unflatten(-2, (rows, group)).unbind(-2)
+            words = functools.reduce(torch.bitwise_or, parts)
+        return SliceMask(words.contiguous(), slice_m, slice_n, self.seqlen_q, self.seqlen_k)
+
+    def permute_keys(self, permutation: torch.Tensor) -> SliceMask:
+        """The mask of permuted keys: new key ``i`` is old key ``permutation[i]``, as in ``k[:, permutation]``.
+
+        Args:
+            permutation: integer (seqlen_k,), or (batch, heads, seqlen_k) for one order per head.
+
+        Raises:
+            MaskError: slice_n is not 1 (refine first), or not a permutation. Reads one bool back.
+        """
+        if self.slice_n != 1:
+            raise MaskError(f"keys move one by one, but slice_n is {self.slice_n}: refine({self.slice_m}, 1) first")
+        order = permutation.to(self.device, torch.int64)
+        full = (self.batch, self.heads, self.seqlen_k)
+        legal = order.shape[-1:] == (self.seqlen_k,) and order.ndim in (1, 3)
+        if not legal or not torch.equal(order.sort(-1).values, torch.arange(self.seqlen_k).to(order).expand_as(order)):
+            raise MaskError(f"{tuple(permutation.shape)} is no permutation of {self.seqlen_k} keys (shared or {full})")
+        if order.ndim == 1:
+            return dataclasses.replace(self, bits=self._repacked(lambda k: k.index_select(-1, order), self.seqlen_k))
+        for name, mine, theirs in (("batch", self.batch, order.shape[0]), ("heads", self.heads, order.shape[1])):
+            if mine != theirs and 1 not in (mine, theirs):
+                raise MaskError(f"the permutation has {name} {theirs}, the mask {mine}")
+        shape = (max(self.batch, order.shape[0]), max(self.heads, order.shape[1]))
+        bits, order = self.bits.expand(*shape, -1, -1), order.expand(*shape, -1)
+        words = [
+            _bits.pack(_bits.unpack(row, self.seqlen_k).index_select(-1, index))
+            for row, index in zip(bits.flatten(0, 1), order.flatten(0, 1), strict=True)
+        ]
+        return dataclasses.replace(self, bits=torch.stack(words).unflatten(0, shape))
+
+    def select(self, batch=None, heads=None) -> SliceMask:
+        """Part of the batch entries or heads, for head-parallel or split runs.
+
+        Args:
+            batch, heads: a slice or a list of indices; None takes all. A shared dimension stays shared.
+        """
+        bits = self.bits
+        for dim, chosen in ((0, batch), (1, heads)):
+            if chosen is not None and bits.shape[dim] > 1:
+                index = torch.arange(bits.shape[dim])[chosen]
+                if index.ndim != 1 or index.numel() == 0:
+                    raise MaskError(f"{chosen!r} selects no list of entries: give a slice or indices")
+                bits = bits.index_select(dim, index.to(bits.device))
+        return dataclasses.replace(self, bits=bits)
+
+    @staticmethod
+    def _check_multiple(coarse_m: int, fine_m: int, coarse_n: int, fine_n: int, verb: str, what: str) -> None:
+        if min(coarse_m, fine_m, coarse_n, fine_n) < 1 or coarse_m % fine_m or coarse_n % fine_n:
+            asked = (fine_m, fine_n) if verb == "refine" else (coarse_m, coarse_n)
+            own = (coarse_m, coarse_n) if verb == "refine" else (fine_m, fine_n)
+            raise MaskError(f"cannot {verb} slices of {own[0]} x {own[1]} to {asked[0]} x {asked[1]}: {what} work")
+
+    def _repacked(self, change, columns: int) -> torch.Tensor:
+        """Words of ``change`` applied to the bool rows (r, blocks_k) -> (r, columns), some rows at a time."""
+        rows = self.bits.flatten(0, 2)
+        step = max(1, _CHUNK_CELLS // max(columns, self.blocks_k))
+        parts = [
+            _bits.pack(change(_bits.unpack(rows[i : i + step], self.blocks_k))) for i in range(0, rows.shape[0], step)
+        ]
+        return torch.cat(parts).reshape(*self.bits.shape[:3], -1)
+
+    # ---- storage --------------------------------------------------------------------------------------------------
+    def save(self, path: str | Path) -> None:
+        """Writes the mask as a safetensors file with its geometry as metadata (needs the package safetensors)."""
+        storage.save(path, "mask", {"bits": self.bits}, self.geometry)
+
+    @classmethod
+    def load(cls, path: str | Path, device="cpu") -> SliceMask:
+        """Reads a file written by ``save``.
+
+        Raises:
+            MaskError: another kind of file, or bits that do not match the geometry.
+        """
+        tensors, geometry = storage.load(path, "mask", ("bits",), MaskError)
+        mask = cls(**tensors, **geometry)
+        if not torch.equal(mask.bits & _bits.tail_mask(mask.blocks_k, mask.device), mask.bits):
+            raise MaskError(f"{path}: bits are set past the last of {mask.blocks_k} slice columns")
+        return mask.to(device)
+
+    def describe(self, q=None, k=None, lse=None, **options):
+        """What the mask keeps and costs, as a printable mapping; with q and k also the softmax mass it keeps.
+
+        See ``fgattn_cute.describe.describe_mask`` for the entries and ``options``.
+        """
+        from fgattn_cute.describe import describe_mask
+
+        return describe_mask(self, q, k, lse, **options)
 
     def __eq__(self, other) -> bool:
         """Same geometry, batch, heads and bits. Compares on the device of the left side and reads one bool back."""

@@ -281,6 +281,7 @@ def explain(
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
     slice_m: Annotated[int, typer.Option(min=1, help="Queries of a slice.")] = 128,
     slice_n: Annotated[int, typer.Option(min=1, help="Keys of a slice.")] = 1,
+    density: Annotated[float, typer.Option(min=0, max=1, help="Kept fraction of the pairs.")] = 0.3,
     gpu: Annotated[str, typer.Option(help="File of configs/ without .yaml; by default this machine's GPU.")] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -289,8 +290,9 @@ def explain(
 
     from fgattn_cute import gpu as gpus
     from fgattn_cute.checks import check
+    from fgattn_cute.explanation import Explanation
     from fgattn_cute.mask import SliceMask
-    from fgattn_cute.select import runners_up, select
+    from fgattn_cute.select import select
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in dtypes:
@@ -301,24 +303,12 @@ def explain(
     mask = SliceMask.empty(slice_m=slice_m, slice_n=slice_n, seqlen_q=seqlen, seqlen_k=seqlen_k, device="meta")
     problem = check(q, k, k, mask)
     chosen_for = gpus.from_config(gpu) if gpu else gpus.current() if torch.cuda.is_available() else gpus.assumed()
-    choice, others = select(problem, chosen_for), runners_up(problem, chosen_for)
-    spec = choice.spec
-    data = {
-        "call": problem.describe(),
-        "gpu": str(chosen_for),
-        "preset": choice.preset_id,
-        "source": choice.source,
-        "why": choice.why,
-        "kernel": spec.name,
-        "smem_bytes": spec.smem_bytes(),
-        "register_estimate": spec.register_estimate(),
-        "runners_up": [{"preset": other.preset_id, "kernel": other.spec.name, "why": other.why} for other in others],
-    }
+    choice = select(problem, chosen_for)
+    explained = Explanation.of(problem, chosen_for, choice, density, refused=())
     if as_json:
-        print_json(data)
-        return
-    rows = [(key, value) for key, value in data.items() if key != "runners_up"]
-    print_rows(rows + [(f"or {other.preset_id}", other.why) for other in others])
+        print_json(explained.as_dict())
+    else:
+        print(explained)
 
 
 @app.command()
@@ -354,7 +344,8 @@ def _print_demo(result) -> None:
         [
             ("runs on", f"{runs_on}: {result.machine}"),
             ("input", f"{result.photo}: {result.tokens:,} tokens, {result.heads} heads of {result.head_dim}"),
-            ("kernel", result.choice),
+            ("preset", f"{result.preset}: {result.why}"),
+            ("kernel", result.kernel),
             ("density", f"{result.density:.1%} of the (query, key) pairs are computed"),
             ("kept softmax mass", f"{result.kept_mass:.2%}"),
             (

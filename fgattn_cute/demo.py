@@ -50,6 +50,7 @@ class Result:
     """What the demo found. Times in seconds; errors are largest absolute differences of out, except ``dense_change``.
 
     backend: "cuda" or "emulator"; machine: the GPU's name, or why the emulator runs.
+    preset, why, kernel: what was chosen, the reason, and the compiled kernel's name.
     density: kept fraction of the (query, key) pairs; kept_mass: softmax mass that the kept pairs hold.
     error, lse_error: against the fp32 reference on the same keys; error_limit: what the contract allows.
     dense_change: |out - dense| / |dense| over all elements, the price of skipping.
@@ -63,7 +64,9 @@ class Result:
     tokens: int
     heads: int
     head_dim: int
-    choice: str
+    preset: str
+    why: str
+    kernel: str
     density: float
     kept_mass: float
     error: float
@@ -106,7 +109,7 @@ def run(out_dir: Path, *, backend: str = "auto", size: Size | None = None, progr
     tokens = q.shape[1]
     mask = SliceMask.from_dense(keep, slice_m=SLICE_M, slice_n=SLICE_N, seqlen_q=tokens, seqlen_k=tokens)
     plan = Plan.from_mask(mask)
-    choice = str(explain(q, k, v, plan))
+    choice = explain(q, k, v, plan).choice
 
     with progress.busy("compiled kernel on the GPU" if backend == "cuda" else "compiled kernel on the emulator"):
         started = time.perf_counter()
@@ -123,7 +126,9 @@ def run(out_dir: Path, *, backend: str = "auto", size: Size | None = None, progr
         tokens=tokens,
         heads=size.heads,
         head_dim=q.shape[-1],
-        choice=choice,
+        preset=choice.preset_id,
+        why=choice.why,
+        kernel=choice.spec.name,
         density=float(plan.density),
         kept_mass=float((mass * keep).sum() / mass.sum()),
         seconds=seconds,

@@ -121,13 +121,15 @@ def test_presets_validate_finds_the_line_of_a_typo(tmp_path):
 
 
 def test_explain_follows_slice_m_and_the_gpu_file():
-    flagship = json.loads(fgattn("explain", "--slice-m", 192, "--gpu", "h200", "--json").stdout)
-    assert flagship["preset"] == "m192-d128" and "configs/h200.yaml" in flagship["why"]
-    assert flagship["preset"] not in {other["preset"] for other in flagship["runners_up"]}
+    flagship = json.loads(fgattn("explain", "--slice-m", 192, "--gpu", "h200", "--density", 0.25, "--json").stdout)
+    choice = flagship["choice"]
+    assert choice["preset"] == "m192-d128" and "configs/h200.yaml" in choice["why"]
+    assert choice["preset"] not in {other["preset"] for other in flagship["runners_up"]}
+    assert flagship["packed_flops"] == flagship["effective_flops"] / 4 == 12 * 128 * 32760**2
     fp16 = json.loads(fgattn("explain", "--slice-m", 128, "--dtype", "fp16", "--gpu", "sm90", "--json").stdout)
-    assert "exact" in fp16["kernel"] and "_m128" in fp16["kernel"], "fp16 has no fixed_ref kernel"
+    assert fp16["choice"]["spec"]["softmax"] == "exact", "fp16 has no fixed_ref kernel"
     text = fgattn("explain", "--slice-m", 192, "--gpu", "h200").stdout
-    assert flagship["kernel"] in text and flagship["why"] in text
+    assert choice["kernel"] in text and choice["why"] in text
 
 
 def test_explain_refuses_what_cannot_run_with_reasons():

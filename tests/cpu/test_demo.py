@@ -54,7 +54,8 @@ def test_the_whole_demo_on_the_emulator(tmp_path):
     assert 0 < result.error <= result.error_limit
     assert result.lse_error < 1e-3
     assert 1e-4 < result.dense_change < 0.25, "skipping 5 % of the mass must show, and must not ruin the output"
-    assert "m128" in result.choice, "slice_m 128 has a preset of its own"
+    assert result.preset == "m128-d128" and "slice_m 128" in result.why
+    assert result.kernel.startswith("fwd_bf16_d128_m128")
     assert Path(result.picture) == tmp_path / "attention.png"
 
     from matplotlib.image import imread

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention() and explain(): what most users call."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import weakref
+
+import torch
+
+from . import checks as _checks
+from . import gpu as _gpu
+from . import launch, reference
+from .errors import InputError, UnsupportedError, describe_tensor, refusal
+from .explanation import Explanation
+from .kernels.spec import FwdSpec
+from .mask import SliceMask
+from .plan import Plan
+from .problem import Problem
+from .select import Choice, select
+
+BACKENDS = ("auto", "cuda", "emulator", "reference")
+
+_plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan | SliceMask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    layout: str = "bshd",
+    backend: str = "auto",
+    spec: FwdSpec | str | None = None,
+    checks: str = "fast",
+    logit_bound: float | None = None,
+):
+    """Attention of every query block over exactly the keys that its list holds.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), bfloat16 or float16, head_dim 64, 96, 128 or 256. Any strides with the
+            last dimension contiguous and rows on 16 bytes.
+        k, v: (batch, seqlen_k, kv_heads, head_dim), heads a multiple of kv_heads.
+        plan: the lists. A SliceMask is turned into a plan once and remembered as long as the mask lives.
+        scale: factor on q.k, at least 0; None means head_dim ** -0.5.
+        return_lse: also return the logarithm of the sum of exponentials.
+        layout: "bshd", or "bhsd" for (batch, heads, seqlen, head_dim) tensors; no copies either way.
+        backend: "auto" runs the kernel for CUDA tensors and the reference for CPU tensors. "cuda", "emulator" (the
+            compiled kernel on the CPU) and "reference" insist; none falls back to another.
+        spec: the kernel, as a FwdSpec or the id of a preset; None takes the GPU's preset, see ``explain``.
+        checks: "fast" judges shapes, types and strides; "full" also reads the plan's values back and judges them, a
+            synchronisation; "off" judges nothing.
+        logit_bound: upper bound of |scale * q.k| in nats, if one is known. A small one saves the second launch of
+            softmax "fixed_ref".
+
+    Returns:
+        out, shaped and typed like q, contiguous; with ``return_lse`` also lse, float32 (batch, heads, seqlen_q),
+        natural logarithm. A query block that keeps no key gives out 0 and lse -inf.
+
+    Raises:
+        InputError, PlanError: tensors, arguments and plan do not fit together.
+        UnsupportedError: no kernel or no backend does this; the message says what does.
+        DeviceError: the backend's device is not there.
+        CompileError: the kernel could not be compiled.
+    """
+    if isinstance(plan, SliceMask):
+        plan = _plan_of(plan)
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.call(
+            q,
+            k,
+            v,
+            plan,
+            return_lse=return_lse,
+            scale=scale,
+            layout=layout,
+            backend=backend,
+            spec=spec,
+            checks=checks,
+            logit_bound=logit_bound,
+        )
+    out, lse = run(q, k, v, plan, scale, layout, backend, spec, checks, logit_bound)
+    return (out, lse) if return_lse else out
+
+
+def run(q, k, v, plan, scale, layout, backend, spec, checks, logit_bound):
+    """``attention`` without tracing: checks, chooses, launches. Returns (out, lse)."""
+    problem = _checks.check(q, k, v, plan, scale=scale, layout=layout, level=checks)
+    _check_bound(logit_bound)
+    where = pick_backend(q, k, v, plan, backend)
+    scale = problem.head_dim**-0.5 if scale is None else scale
+    if where == "reference":
+        out, lse = reference.attention(q, k, v, plan, scale=scale, return_lse=True, layout=layout)
+        return out.to(q.dtype), lse
+    if where == "cuda":
+        launcher = _launcher(problem, _gpu.current(q.device), spec, _config())
+        return launch.on_cuda(launcher, q, k, v, plan, scale, logit_bound)
+    launcher = _launcher(problem, _gpu.assumed(), spec, _config(), emulated=True)
+    return launch.on_emulator(launcher, q, k, v, plan, scale, logit_bound)
+
+
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan | SliceMask,
+    *,
+    layout: str = "bshd",
+    spec: FwdSpec | str | None = None,
+    scale: float | None = None,
+    gpu: _gpu.Gpu | None = None,
+) -> Explanation:
+    """Which kernel ``attention`` would run on these inputs, and why. Compiles and launches nothing.
+
+    Args:
+        q, k, v, plan, layout, spec, scale: as for ``attention``. Reads the plan's density back from the device.
+        gpu: by default the GPU of the tensors, or the one that FGATTN_GPU names; a generic Hopper on a CPU.
+
+    Returns:
+        An Explanation: ``print`` it, or take ``as_dict()``. A call that would be refused is explained by its reasons.
+
+    Raises:
+        InputError, PlanError: the inputs are not rank-4 tensors and a plan, or the spec does not fit them.
+        UnsupportedError: no kernel runs on the GPU.
+    """
+    if isinstance(plan, SliceMask):
+        plan = _plan_of(plan)
+    problem = _checks.check(q, k, v, plan, layout=layout, level="off")
+    if gpu is None:
+        gpu = _gpu.current(q.device) if q.device.type == "cuda" else _gpu.assumed()
+    refused = _checks.reasons(problem, q, k, v, plan, scale)
+    choice = None if refused else select(problem, gpu, spec)
+    return Explanation.of(problem, gpu, choice, plan.density, refused)
+
+
+def pick_backend(q, k, v, plan, backend: str) -> str:
+    """ "cuda", "emulator" or "reference" for what the caller asked for.
+
+    Raises:
+        InputError: no such backend, or tensors on the wrong device for it.
+        DeviceError, UnsupportedError: this machine's GPU cannot run the kernel.
+    """
+    kind = q.device.type
+    if backend == "auto":
+        if kind == "cpu":
+            return "reference"
+        backend = "cuda"
+    elif backend not in BACKENDS:
+        raise InputError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "emulator" and kind != "cpu":
+        raise InputError(
+            refusal("backend emulator runs on the CPU", _asked(q, k, v), [f"q is on {q.device}"], "q.cpu() and so on")
+        )
+    if backend == "cuda":
+        why = _why_no_kernel(q.device)
+        if why:
+            error = InputError if kind == "cpu" else UnsupportedError
+            raise error(
+                refusal(
+                    "the kernel cannot run on these tensors' device",
+                    _asked(q, k, v),
+                    why,
+                    'backend="reference" runs on any device, backend="emulator" runs the kernel on CPU tensors',
+                )
+            )
+    return backend
+
+
+def _asked(q, k, v) -> list[str]:
+    return [describe_tensor(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+
+
+def _why_no_kernel(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return [f"the tensors are on {device}, the kernel reads the memory of an NVIDIA GPU"]
+    return _gpu.from_cuda(device).reasons()
+
+
+def _check_bound(logit_bound) -> None:
+    if logit_bound is None:
+        return
+    if isinstance(logit_bound, bool) or not isinstance(logit_bound, (int, float)):
+        raise InputError(f"logit_bound is a {type(logit_bound).__name__}, not a Python number")
+    if not (math.isfinite(logit_bound) and logit_bound >= 0):
+        raise InputError(f"logit_bound {logit_bound} is not a finite number of at least 0 (nats)")
+
+
+def _plan_of(mask: SliceMask) -> Plan:
+    """The mask's plan, made on first use and kept as long as the mask."""
+    if torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "a SliceMask inside torch.compile: making its plan reads a number back from the device\n"
+            "  nearest thing that works: plan = Plan.from_mask(mask) outside, and pass the plan"
+        )
+    plan = _plans.get(mask)
+    if plan is None:
+        plan = _plans[mask] = Plan.from_mask(mask)
+    return plan
+
+
+def _config() -> str | None:
+    """What besides the arguments decides a choice: part of the key under which it is remembered."""
+    return os.environ.get("FGATTN_CONFIG")
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(problem: Problem, gpu: _gpu.Gpu, spec, config: str | None, emulated: bool = False) -> launch.Launcher:
+    choice: Choice = select(problem, gpu, spec)
+    return launch.prepare(problem, choice.spec, emulated)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a compiled kernel on torch tensors: allocates the results, sizes the grid, launches, and nothing else.
+
+No synchronisation, no copy between host and device, no allocation but out and lse. The launch goes to torch's current
+stream and can be captured in a CUDA graph once the kernel has been loaded and the plan's work descriptors exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+
+from . import compile as compiler
+from .kernels.spec import FwdSpec
+from .problem import Problem, as_bshd
+
+# fixed_ref poisons rows whose sum of exponentials passes 2^100 relative to their reference. Scores of magnitude at most
+# b nats lie at most 2 b log2(e) octaves above the reference, and Sk of them add log2(Sk): up to 99 no row can pass.
+SAFE_OCTAVES = 99.0
+_ALIGN_ELEMS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """Everything about a launch that the tensors' facts decide.
+
+    kernel: takes (q, k, v, out, lse, ids, work, scale, slice_m, ctas_per_block, num_ctas).
+    redo: the same for the second pass over poisoned rows; None for exact softmax.
+    realign: which of q, k, v have a dimension of size 1 with an odd stride, which the kernel's ABI refuses.
+    """
+
+    spec: FwdSpec
+    kernel: Callable
+    redo: Callable | None
+    realign: tuple[bool, bool, bool]
+    slice_m: int
+    ctas_per_block: int
+    layout: str
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare(problem: Problem, spec: FwdSpec, emulated: bool = False) -> Launcher:
+    """Compiles or loads the kernels of a spec for a problem.
+
+    Raises:
+        CompileError: see ``compile.get``.
+    """
+    redo = None
+    if spec.softmax == "fixed_ref":
+        redo = compiler.get(spec.redo_spec(), emulated=emulated).call
+    return Launcher(
+        spec=spec,
+        kernel=compiler.get(spec, emulated=emulated).call,
+        redo=redo,
+        realign=tuple(
+            any(stride % _ALIGN_ELEMS for stride in strides[:3])
+            for strides in (problem.q_strides, problem.k_strides, problem.v_strides)
+        ),
+        slice_m=problem.slice_m,
+        ctas_per_block=ctas_per_block(spec, problem.slice_m),
+        layout=problem.layout,
+    )
+
+
+def ctas_per_block(spec: FwdSpec, slice_m: int) -> int:
+    """CTAs that share a query block and its list."""
+    return -(-slice_m // spec.tile_m)
+
+
+def grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:
+    """CTAs of a launch: one per item and tile, or as many as fit the GPU at once for a persistent kernel."""
+    ctas = num_work * ctas_per_block(spec, slice_m)
+    return min(ctas, sms * spec.ctas_per_sm) if spec.scheduler == "persistent" else ctas
+
+
+def needs_redo(seqlen_k: int, logit_bound: float | None) -> bool:
+    """Whether a fixed_ref launch may have poisoned rows.
+
+    Args:
+        seqlen_k: keys.
+        logit_bound: upper bound of |scale * q.k| in nats, or None where nothing is known.
+    """
+    return logit_bound is None or 2 * logit_bound * math.log2(math.e) + math.log2(seqlen_k) > SAFE_OCTAVES
+
+
+def on_cuda(launcher: Launcher, q, k, v, plan, scale: float, logit_bound: float | None):
+    """Launches on the tensors' GPU. Returns (out, lse)."""
+    device = q.device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(launcher, q, k, v, plan, scale, logit_bound, _sms(device.index))
+    return _launch(launcher, q, k, v, plan, scale, logit_bound, _sms(device.index))
+
+
+def on_emulator(launcher: Launcher, q, k, v, plan, scale: float, logit_bound: float | None):
+    """Runs the kernel in the active emulator session, or in one of its own. Returns (out, lse), CPU tensors."""
+    from . import emulator
+    from .emulator.launch import active_session
+
+    session = active_session()
+    with contextlib.ExitStack() as stack:
+        if session is None:
+            session = stack.enter_context(emulator.session(ctas_per_sm=launcher.spec.ctas_per_sm))
+        return _launch(launcher, q, k, v, plan, scale, logit_bound, session.options.num_sms)
+
+
+@functools.cache
+def _sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
+    spec = launcher.spec
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    views = [as_bshd(x, launcher.layout) for x in (q, k, v, out)]
+    batch, seqlen_q, heads, _ = views[0].shape
+    lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
+    if True in launcher.realign:
+        views[:3] = [_realigned(x) if odd else x for x, odd in zip(views[:3], launcher.realign, strict=True)]
+    work = plan.work(batch, heads)
+    items = work.shape[0]
+    tensors = (*views, lse, plan.ids, work, scale, launcher.slice_m, launcher.ctas_per_block)
+    launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms))
+    if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound):
+        launcher.redo(*tensors, items * launcher.ctas_per_block)
+    return out, lse
+
+
+def _realigned(x: torch.Tensor) -> torch.Tensor:
+    """The same elements with strides of size-1 dimensions, which address nothing, made multiples of 8."""
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return x.as_strided(x.shape, (*strides, 1))

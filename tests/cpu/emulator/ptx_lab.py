@@ -2,8 +2,8 @@
 """Runs a few lines of hand-written PTX on the emulator.
 
 The body finds these registers: `tid`, `lane`, `warp` and `smem` (b32; the last is the shared address of the dynamic
-shared memory), `%r0..` (b32), `%d0..` (b64), `%h0..` (b16), `%p0..` (pred), and one `a0`, `a1`, ... per argument: the address
-of a tensor or tensor map (b64), or the value of a number (b32).
+shared memory), `%r0..` (b32), `%d0..` (b64), `%h0..` (b16), `%p0..` (pred), and one `a0`, `a1`, ... per argument: the
+address of a tensor or tensor map (b64), or the value of a number (b32).
 """
 
 import numpy as np
@@ -108,7 +108,8 @@ DRAINED{at}:
 
 
 def tensor_map(tensor, box, swizzle=0):
-    """The 128-byte tensor map of a contiguous tensor. `box` is innermost first; swizzle 0 none, 1 32 B, 2 64 B, 3 128 B.
+    """The 128-byte tensor map of a contiguous tensor. `box` is innermost first; swizzle 0 none, 1 32 B, 2 64 B, 3 128
+    B.
 
     The layout is the one that the DSL's host code writes (there is no public description): see `docs/emulator.md`.
     """

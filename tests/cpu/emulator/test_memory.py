@@ -70,7 +70,8 @@ def test_atomics_on_shared_memory():
     out = torch.zeros(32, dtype=I32)
     body = """mov.b32 %r1, 0; setp.eq.u32 %p1, tid, 0; @%p1 st.shared.b32 [smem], %r1; bar.sync 0;
 atom.shared.add.u32 %r2, [smem], 3; red.shared.add.u32 [smem], 1; bar.sync 0; ld.shared.b32 %r3, [smem];
-and.b32 %r4, tid, 31; mul.wide.u32 %d1, %r4, 4; add.s64 %d1, %d1, a0; setp.lt.u32 %p2, tid, 32; @%p2 st.global.b32 [%d1], %r3;"""
+and.b32 %r4, tid, 31; mul.wide.u32 %d1, %r4, 4; add.s64 %d1, %d1, a0; setp.lt.u32 %p2, tid, 32;
+@%p2 st.global.b32 [%d1], %r3;"""
     run(body, [out])
     assert (out == 128 * 4).all()
 
@@ -84,7 +85,10 @@ and.b32 %r3, tid, 3; setp.ne.u32 %p1, %r3, 0; selp.b32 %r5, 4, 0, %p1;
 def test_cp_async_fills_with_zeros_past_its_source_size(seed):
     # PTX ISA 9.7.9.25.3.1 (cp.async): bytes past src-size are zero, the source is then not read
     src, out = torch.arange(256, dtype=I32), torch.zeros(128, dtype=I32)
-    body = CP + "cp.async.ca.shared.global [%r2], [%d2+64], 4, %r5; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+    body = (
+        CP
+        + "cp.async.ca.shared.global [%r2], [%d2+64], 4, %r5; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+    )
     run(body + "ld.shared.b32 %r9, [%r2]; st.global.b32 [%d3], %r9;", [src, out], seed=seed)
     assert out.tolist() == [t + 16 if t & 3 else 0 for t in range(128)]
 
@@ -101,7 +105,8 @@ st.global.v4.b32 [a1+{16 * i}], {{%r2,%r3,%r4,%r5}}; END:"""
 
 def test_cp_async_with_size_zero_touches_no_global_memory():
     out = torch.zeros(4, dtype=I32)
-    body = """setp.ne.u32 %p1, tid, 0; @%p1 bra END; mov.b64 %d1, 64; mov.b32 %r1, 0; cp.async.cg.shared.global [smem], [%d1], 16, %r1;
+    body = """setp.ne.u32 %p1, tid, 0; @%p1 bra END; mov.b64 %d1, 64; mov.b32 %r1, 0;
+cp.async.cg.shared.global [smem], [%d1], 16, %r1;
 cp.async.wait_all; ld.shared.v4.b32 {%r2,%r3,%r4,%r5}, [smem]; st.global.v4.b32 [a0], {%r2,%r3,%r4,%r5}; END:"""
     run(body, [out])
     assert out.tolist() == [0] * 4
@@ -127,9 +132,12 @@ def test_cp_async_arrives_on_an_mbarrier_with_and_without_noinc(seed):
 
 def test_cp_async_wait_group_counts_the_newest_groups():
     src, out = torch.arange(256, dtype=I32), torch.zeros(128, dtype=I32)
-    body = CP + """cp.async.ca.shared.global [%r2], [%d2], 4; cp.async.commit_group;
+    body = (
+        CP
+        + """cp.async.ca.shared.global [%r2], [%d2], 4; cp.async.commit_group;
 cp.async.ca.shared.global [%r2+512], [%d2+512], 4; cp.async.commit_group; cp.async.wait_group 1;
 ld.shared.b32 %r9, [%r2]; st.global.b32 [%d3], %r9; cp.async.wait_group 0;"""
+    )
     run(body, [src, out])
     assert torch.equal(out, src[:128])
 
@@ -138,7 +146,8 @@ ld.shared.b32 %r9, [%r2]; st.global.b32 [%d3], %r9; cp.async.wait_group 0;"""
 def test_bulk_copies_both_ways(seed):
     # PTX ISA 9.7.9.25.4.1 (cp.async.bulk)
     src, out = torch.randint(0, 255, (4096,), dtype=torch.uint8), torch.zeros(4096, dtype=torch.uint8)
-    body = """setp.ne.u32 %p1, tid, 0; @%p1 bra MEET; mbarrier.init.shared::cta.b64 [smem+8192], 1; fence.mbarrier_init.release.cluster;
+    body = """setp.ne.u32 %p1, tid, 0; @%p1 bra MEET; mbarrier.init.shared::cta.b64 [smem+8192], 1;
+fence.mbarrier_init.release.cluster;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem+8192], 4096;
 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [a0], 4096, [smem+8192];
 MEET: bar.sync 0;
@@ -152,9 +161,12 @@ cp.async.bulk.wait_group 0; END:"""
 def test_bulk_reduction_adds_to_global_memory():
     # PTX ISA 9.7.9.25.4.2 (cp.reduce.async.bulk)
     src, out = torch.arange(1024, dtype=F32), torch.full((1024,), 3.0)
-    body = fill_shared(4096) + """setp.ne.u32 %p1, tid, 0; @%p1 bra END;
+    body = (
+        fill_shared(4096)
+        + """setp.ne.u32 %p1, tid, 0; @%p1 bra END;
 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [a1], [smem], 4096; cp.async.bulk.commit_group;
 cp.async.bulk.wait_group 0; END:"""
+    )
     run(body, [src, out])
     assert torch.equal(out, src + 3)
 

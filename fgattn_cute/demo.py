@@ -47,15 +47,16 @@ EMULATOR_SIZE = Size(frames=4, rows=24, columns=36, heads=2)
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the demo found. Times in seconds; errors are largest absolute differences of out, except ``dense_change``.
+    """What the demo found. Errors are largest absolute differences of out, except ``dense_change``.
 
     backend: "cuda" or "emulator"; machine: the GPU's name, or why the emulator runs.
     preset, why, kernel: what was chosen, the reason, and the compiled kernel's name.
     density: kept fraction of the (query, key) pairs; kept_mass: softmax mass that the kept pairs hold.
     error, lse_error: against the fp32 reference on the same keys; error_limit: what the contract allows.
     dense_change: |out - dense| / |dense| over all elements, the price of skipping.
-    seconds: one launch, on the emulator compilation included; dense_seconds: torch's dense attention on the same GPU,
-        None on the emulator.
+    seconds: one call with everything compiled; setup_seconds: what the first call took besides.
+    dense_seconds: torch's dense attention on the same GPU, None on the emulator.
+    emulated_instructions: warp instructions that the emulator executed with all its checks on, None on a GPU.
     """
 
     backend: str
@@ -74,7 +75,9 @@ class Result:
     lse_error: float
     dense_change: float
     seconds: float
+    setup_seconds: float
     dense_seconds: float | None
+    emulated_instructions: int | None
     picture: str
 
 
@@ -111,12 +114,8 @@ def run(out_dir: Path, *, backend: str = "auto", size: Size | None = None, progr
     plan = Plan.from_mask(mask)
     choice = explain(q, k, v, plan).choice
 
-    with progress.busy("compiled kernel on the GPU" if backend == "cuda" else "compiled kernel on the emulator"):
-        started = time.perf_counter()
-        out, lse = attention(q, k, v, plan, return_lse=True, backend=backend)
-        seconds, dense_seconds = time.perf_counter() - started, None
-        if backend == "cuda":
-            seconds, dense_seconds = _gpu_times(scene, plan)
+    launched = _on_gpu(scene, plan, progress) if backend == "cuda" else _on_emulator(scene, plan, progress)
+    out, lse = launched.pop("out"), launched.pop("lse")
     checked = _compare(scene, keep, out, lse, plan, progress)
     picture = _picture(scene, keep[0], mass[0], Path(out_dir))
     return Result(
@@ -131,9 +130,8 @@ def run(out_dir: Path, *, backend: str = "auto", size: Size | None = None, progr
         kernel=choice.spec.name,
         density=float(plan.density),
         kept_mass=float((mass * keep).sum() / mass.sum()),
-        seconds=seconds,
-        dense_seconds=dense_seconds,
         picture=str(picture),
+        **launched,
         **checked,
     )
 
@@ -181,8 +179,30 @@ def keep_mass(mass: torch.Tensor, share: float) -> torch.Tensor:
     return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, before < share * mass.sum(-1, keepdim=True))
 
 
-def _gpu_times(scene: Scene, plan: Plan) -> tuple[float, float]:
-    """Median seconds of a launch and of torch's dense attention on the same tensors."""
+def _on_emulator(scene: Scene, plan: Plan, progress: Quiet) -> dict:
+    """Two calls: the first compiles the kernel and, on a fresh machine, the emulator. A fault of the kernel raises."""
+    from fgattn_cute import emulator
+
+    started = time.perf_counter()
+    with progress.busy("compiling the kernel and the emulator"), emulator.session(checks="all"):
+        attention(scene.q, scene.k, scene.v, plan, backend="emulator")
+    warm = time.perf_counter()
+    with progress.busy("compiled kernel on the emulator"), emulator.session(checks="all") as emu:
+        out, lse = attention(scene.q, scene.k, scene.v, plan, return_lse=True, backend="emulator")
+    seconds = time.perf_counter() - warm
+    instructions = sum(launch.result.counters["instructions"] for launch in emu.report())
+    return {
+        "out": out,
+        "lse": lse,
+        "seconds": seconds,
+        "setup_seconds": warm - started - seconds,
+        "dense_seconds": None,
+        "emulated_instructions": instructions,
+    }
+
+
+def _on_gpu(scene: Scene, plan: Plan, progress: Quiet) -> dict:
+    """Median times of a launch and of torch's dense attention on the same tensors."""
     q, k, v = scene.q, scene.k, scene.v
     across = [x.transpose(1, 2) for x in (q, k, v)]
 
@@ -197,8 +217,22 @@ def _gpu_times(scene: Scene, plan: Plan) -> tuple[float, float]:
             taken.append(start.elapsed_time(end) / 1e3)
         return statistics.median(taken[WARM_RUNS:])
 
-    sparse = median(lambda: attention(q, k, v, plan, backend="cuda"))
-    return sparse, median(lambda: torch.nn.functional.scaled_dot_product_attention(*across))
+    started = time.perf_counter()
+    with progress.busy("compiling the kernel"):
+        out, lse = attention(q, k, v, plan, return_lse=True, backend="cuda")
+        torch.cuda.synchronize()
+    setup_seconds = time.perf_counter() - started
+    with progress.busy("compiled kernel on the GPU"):
+        seconds = median(lambda: attention(q, k, v, plan, backend="cuda"))
+        dense_seconds = median(lambda: torch.nn.functional.scaled_dot_product_attention(*across))
+    return {
+        "out": out,
+        "lse": lse,
+        "seconds": seconds,
+        "setup_seconds": setup_seconds,
+        "dense_seconds": dense_seconds,
+        "emulated_instructions": None,
+    }
 
 
 def _compare(scene: Scene, keep, out, lse, plan: Plan, progress: Quiet) -> dict:
@@ -214,7 +248,7 @@ def _compare(scene: Scene, keep, out, lse, plan: Plan, progress: Quiet) -> dict:
             dense = torch.softmax(queries.float() @ keys.float().T / math.sqrt(q.shape[-1]), -1) @ values.float()
             changed += float((out[0, rows, head].float() - dense).square().sum())
             whole += float(dense.square().sum())
-            kept = keep[0, head].repeat_interleave(SLICE_M, 0)[rows]
+            kept = keep[0, head].repeat_interleave(SLICE_M, 0)[: q.shape[1]][rows]
             scores = (queries @ keys.T / math.sqrt(q.shape[-1])).masked_fill(~kept, -math.inf)
             eager = torch.softmax(scores.float(), -1).to(q.dtype) @ values
             eager_error = max(eager_error, float((eager.float() - expected[0, rows, head].float()).abs().max()))

@@ -25,7 +25,7 @@ def draw(scene: Scene, keep: torch.Tensor, mass: torch.Tensor, slice_m: int, pat
 
     keep, mass = keep[head].cpu(), mass[head].cpu()
     block = _interesting_block(keep, scene, slice_m)
-    figure = Figure(figsize=(12, 5.7), dpi=100, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(12, 5.6), dpi=100, facecolor="white", layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     frame_axes, mask_axes, map_axes = top.subplots(1, 3, width_ratios=(1, 1, 1))
     _draw_frame(frame_axes, scene, block, slice_m)

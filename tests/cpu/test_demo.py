@@ -53,6 +53,7 @@ def test_the_whole_demo_on_the_emulator(tmp_path):
     assert demo.KEPT_MASS - 1e-3 <= result.kept_mass <= 1
     assert 0 < result.error <= result.error_limit
     assert result.lse_error < 1e-3
+    assert result.emulated_instructions > 10_000 and result.dense_seconds is None
     assert 1e-4 < result.dense_change < 0.25, "skipping 5 % of the mass must show, and must not ruin the output"
     assert result.preset == "m128-d128" and "slice_m 128" in result.why
     assert result.kernel.startswith("fwd_bf16_d128_m128")

@@ -100,6 +100,9 @@ def _load_or_compile(spec: FwdSpec) -> Compiled:
 
 def _find_or_build(spec: FwdSpec) -> tuple[Artifact, str]:
     """(artifact, "disk" or "compiled"). Of several processes that want the same kernel, one compiles it."""
+    why_not = spec.reasons()
+    if why_not:
+        raise CompileError(f"kernel {spec.name} cannot run:" + "".join(f"\n  - {reason}" for reason in why_not))
     found = cache.load(spec)
     if found is None:
         with cache.locked(spec):
@@ -113,14 +116,11 @@ def _find_or_build(spec: FwdSpec) -> tuple[Artifact, str]:
 
 
 def build(spec: FwdSpec) -> Artifact:
-    """Compile a spec, with no cache in between.
+    """Compile a spec that can run, with no cache in between.
 
     Raises:
-        CompileError: the spec cannot run, the DSL is missing, or it refuses the kernel.
+        CompileError: the DSL is missing, or it refuses the kernel.
     """
-    why_not = spec.reasons()
-    if why_not:
-        raise CompileError(f"kernel {spec.name} cannot run:" + "".join(f"\n  - {reason}" for reason in why_not))
     with LOCK:
         cute = _import_dsl()
         try:

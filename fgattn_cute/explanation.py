@@ -108,7 +108,8 @@ class Explanation:
             f"{spec.scheduler}{', ping-pong' if spec.ping_pong else ''}",
             f"resources {spec.smem_bytes():,} bytes of shared memory, {spec.ctas_per_sm} CTAs per SM, "
             f"{spec.num_threads} threads, registers {spec.launch_registers} at launch, "
-            f"{spec.consumer_registers} consumer (about {spec.register_estimate()} needed), {spec.producer_registers} producer",
+            f"{spec.consumer_registers} consumer (about {spec.register_estimate()} needed), "
+            f"{spec.producer_registers} producer",
             f"launch    {self.grid:,} CTAs, {self.row_efficiency:.0%} of their rows in use{sharing}",
         ]
 

@@ -8,12 +8,13 @@ the launch. Registered on import with ``define`` and ``impl``, which is half the
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
-import json
 
 import torch
 
+from .errors import UnsupportedError
 from .kernels.spec import FwdSpec
 from .plan import Plan
 
@@ -22,6 +23,8 @@ _ARGUMENTS = (
     "SymInt slice_n, SymInt seqlen_q, SymInt seqlen_k, float? scale, str layout, str backend, str spec, str checks, "
     "float? logit_bound"
 )
+_SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(FwdSpec))
+
 _library = torch.library.Library("fgattn_cute", "DEF")
 _library.define(f"attention({_ARGUMENTS}) -> Tensor")
 _library.define(f"attention_lse({_ARGUMENTS}) -> (Tensor, Tensor)")
@@ -36,18 +39,17 @@ def call(q, k, v, plan: Plan, *, return_lse, scale, layout, backend, spec, check
     return op(q, k, v, *lists, *geometry, scale, layout, backend, encode_spec(spec), checks, logit_bound)
 
 
-@torch.compiler.assume_constant_result
 def encode_spec(spec: FwdSpec | str | None) -> str:
-    """A spec as a string: "" for None, a preset id as it is, JSON for a FwdSpec."""
+    """A spec as a string: "" for None, a preset id as it is, a dict display for a FwdSpec. Dynamo can trace this."""
     if spec is None or isinstance(spec, str):
         return spec or ""
-    return json.dumps(dataclasses.asdict(spec))
+    return "{" + ", ".join([f"'{name}': {getattr(spec, name)!r}" for name in _SPEC_FIELDS]) + "}"
 
 
 @functools.lru_cache(maxsize=256)
 def decode_spec(text: str) -> FwdSpec | str | None:
     """The inverse of ``encode_spec``."""
-    return FwdSpec(**json.loads(text)) if text.startswith("{") else text or None
+    return FwdSpec(**ast.literal_eval(text)) if text.startswith("{") else text or None
 
 
 def _plan(ids, offset, keys, work, slice_m, slice_n, seqlen_q, seqlen_k, batch, heads) -> Plan:
@@ -79,7 +81,15 @@ def _fake(q, *args):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+def _no_backward(ctx, *grads):
+    raise UnsupportedError(
+        "fgattn_cute is for inference: it has no backward pass\n"
+        "  nearest thing that works: call it under torch.no_grad(), or with .detach() tensors"
+    )
+
+
 for _name, _body, _meta in (("attention", _attention, _fake), ("attention_lse", _attention_lse, _fake_lse)):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _body, _key)
     torch.library.register_fake(f"fgattn_cute::{_name}", _meta, lib=_library)
+    torch.library.register_autograd(f"fgattn_cute::{_name}", _no_backward, lib=_library)

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import weakref
 
 import torch
 
 from . import checks as _checks
 from . import gpu as _gpu
-from . import launch, reference
+from . import launch, reference, settings
 from .errors import InputError, UnsupportedError, describe_tensor, refusal
 from .explanation import Explanation
 from .kernels.spec import FwdSpec
@@ -100,9 +99,9 @@ def run(q, k, v, plan, scale, layout, backend, spec, checks, logit_bound):
         out, lse = reference.attention(q, k, v, plan, scale=scale, return_lse=True, layout=layout)
         return out.to(q.dtype), lse
     if where == "cuda":
-        launcher = _launcher(problem, _gpu.current(q.device), spec, _config())
+        launcher = _launcher(problem, _gpu.current(q.device), spec, settings.config_text())
         return launch.on_cuda(launcher, q, k, v, plan, scale, logit_bound)
-    launcher = _launcher(problem, _gpu.assumed(), spec, _config(), emulated=True)
+    launcher = _launcher(problem, _gpu.assumed(), spec, settings.config_text(), emulated=True)
     return launch.on_emulator(launcher, q, k, v, plan, scale, logit_bound)
 
 
@@ -203,11 +202,6 @@ def _plan_of(mask: SliceMask) -> Plan:
     if plan is None:
         plan = _plans[mask] = Plan.from_mask(mask)
     return plan
-
-
-def _config() -> str | None:
-    """What besides the arguments decides a choice: part of the key under which it is remembered."""
-    return os.environ.get("FGATTN_CONFIG")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -65,6 +65,11 @@ def config_path() -> Path | None:
     return path
 
 
+def config_text() -> str | None:
+    """FGATTN_CONFIG as it stands, unchecked: cheap enough to be part of a key under which choices are remembered."""
+    return os.environ.get("FGATTN_CONFIG")
+
+
 def gpu_name() -> str | None:
     """FGATTN_GPU: the stem of a file in configs/, unchecked here."""
     return os.environ.get("FGATTN_GPU") or None

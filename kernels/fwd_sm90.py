@@ -23,7 +23,7 @@ from .ptx import exit_if_zero
 from .schedule import make_pipes
 from .scheduler import Scheduler
 from .smem import OperandLayouts, element_type, operand_layouts, storage_struct
-from .spec import WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+from .spec import ELEMENT_BYTES, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)
 
@@ -103,6 +103,10 @@ class FgAttnForwardSm90:
             softmax_scale * LOG2_E,
             slice_m,
             ctas_per_block,
+            # Scalar parameters live in the constant bank, where the producer's 32 registers are not spent on them.
+            Int32(mK.stride[0] * ELEMENT_BYTES),
+            Int32(mV.stride[0] * ELEMENT_BYTES),
+            Int32(mK.shape[0] - 1),
             layouts.q,
             layouts.kv,
             mma_qk,
@@ -131,6 +135,9 @@ class FgAttnForwardSm90:
         scale_log2: Float32,
         slice_m: Int32,
         ctas_per_block: Int32,
+        k_row_bytes: Int32,
+        v_row_bytes: Int32,
+        last_key: Int32,
         q_layout: cute.ComposedLayout,
         kv_layout: cute.ComposedLayout,
         mma_qk: cute.TiledMma,
@@ -164,7 +171,10 @@ class FgAttnForwardSm90:
             cute.arch.setmaxregister_decrease(spec.producer_registers)
             producer_thread = thread - WARPGROUP_THREADS * spec.consumer_warpgroups
             producer_warp = warp - 4 * spec.consumer_warpgroups
-            Loader(spec, scheduler, tma_q, mQ, mK, mV, mIds, sQ, sK, sV, pipes, producer_thread, producer_warp).run()
+            loader = Loader(spec, scheduler, pipes, producer_thread, producer_warp)
+            loader.bind_q(tma_q, mQ, sQ)
+            loader.bind_kv((mK, sK, k_row_bytes), (mV, sV, v_row_bytes), mIds, last_key)
+            loader.run()
         else:
             cute.arch.setmaxregister_increase(spec.consumer_registers)
             warpgroup_index = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)

@@ -14,7 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
-from .ptx import cp_async_16, cp_async_16_or_zero
+from .ptx import cp_async_16, cp_async_16_or_zero, unsigned_divmod
 from .smem import swizzled_chunk
 
 
@@ -53,17 +53,21 @@ class Gather:
     @cute.jit
     def load_ids(self, ids: cute.Tensor, mList: cute.Tensor, tile: Int32, group: Int32):
         """Read the ids behind this thread's rows of ``tile``. mList: (n,) int32, from the list's start on."""
-        position = tile * self.spec.tile_n + group * self.spec.rows_per_thread
-        if const_expr(self.expansion == "each"):
-            for m in cutlass.range_constexpr(self.ids_per_thread):
-                ids[m] = mList[(position + m) // self.spec.slice_n]
+        count = self.ids_per_thread
+        if const_expr(self.expansion == "ids"):
+            # Lists start on 32 bytes and a thread's share is a whole number of vectors into them. The share comes first
+            # in the sum: it does not change from tile to tile, and the producer has no register to spare.
+            address = mList.iterator.toint() + Int64(group) * (4 * count)
+            address = address + Int64(tile) * (4 * count * self.spec.row_groups)
+            first = cute.make_ptr(Int32, address, cute.AddressSpace.gmem, assumed_align=4 * math.gcd(count, 4))
+            cute.autovec_copy(cute.make_tensor(first, cute.make_layout(count)), ids)
         else:
-            vector = math.gcd(self.ids_per_thread, 4)
-            first = (mList.iterator + position // self.spec.slice_n).align(4 * vector)
-            cute.autovec_copy(cute.make_tensor(first, cute.make_layout(self.ids_per_thread)), ids)
+            position = tile * self.spec.tile_n + group * self.spec.rows_per_thread
+            for m in cutlass.range_constexpr(count):
+                ids[m] = mList[unsigned_divmod(position + m, self.spec.slice_n)[0]]
 
     @cute.jit
-    def expand(self, rows: cute.Tensor, ids: cute.Tensor, tile: Int32, group: Int32, seqlen_k: Int32):
+    def expand(self, rows: cute.Tensor, ids: cute.Tensor, tile: Int32, group: Int32, last_key: Int32):
         """Ids -> key rows, clamped into the sequence: an id from outside reads a wrong row, never outside memory."""
         seg = self.spec.slice_n
         position = tile * self.spec.tile_n + group * self.spec.rows_per_thread
@@ -71,10 +75,10 @@ class Gather:
             if const_expr(self.expansion == "ids"):
                 row = ids[m // seg] * seg + m % seg
             elif const_expr(self.expansion == "one"):
-                row = ids[0] * seg + position % seg + m
+                row = ids[0] * seg + unsigned_divmod(position, seg)[1] + m
             else:
-                row = ids[m] * seg + (position + m) % seg
-            rows[m] = cutlass.min(cutlass.max(row, 0), seqlen_k - 1)
+                row = ids[m] * seg + unsigned_divmod(position + m, seg)[1]
+            rows[m] = cutlass.min(cutlass.max(row, 0), last_key)
 
     @cute.jit
     def copy_tile(
@@ -89,6 +93,7 @@ class Gather:
     ):
         """Issue the copies of one tile. Positions past the list's end are zero-filled and read nothing."""
         spec = self.spec
+        num_mine = num_valid - group * spec.rows_per_thread
         for m in cutlass.range_constexpr(spec.rows_per_thread):
             source = global_addr + Int64(rows[m]) * Int64(row_bytes)
             for a in cutlass.range_constexpr(spec.atoms_per_row):
@@ -97,5 +102,5 @@ class Gather:
                 if const_expr(whole):
                     cp_async_16(target, chunk, self.l2_prefetch_bytes)
                 else:
-                    present = group * spec.rows_per_thread + m < num_valid
-                    cp_async_16_or_zero(target, chunk, Int32(16 if present else 0), self.l2_prefetch_bytes)
+                    num_bytes = Int32(16) if m < num_mine else Int32(0)
+                    cp_async_16_or_zero(target, chunk, num_bytes, self.l2_prefetch_bytes)

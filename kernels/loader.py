@@ -13,20 +13,26 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from .gather import Gather
+from .ptx import unsigned_divmod
 from .spec import ELEMENT_BYTES, WGMMA_ROWS
 
 
 class Loader:
-    def __init__(self, spec, scheduler, tma_q, mQ, mK, mV, mIds, sQ, sK, sV, pipes, thread, warp):
+    def __init__(self, spec, scheduler, pipes, thread, warp):
         self.spec = spec
         self.scheduler = scheduler
-        self.thread, self.warp = thread, warp
         self.gather = Gather(spec)
+        self.thread, self.warp = thread, warp
         self.group = self.gather.group(thread)
-        self.tma_q = tma_q
-        self.mQ, self.mK, self.mV, self.mIds = mQ, mK, mV, mIds
-        self.sQ, self.sK, self.sV = sQ, sK, sV
         self.pipe_q, self.pipe_k, self.pipe_v = pipes
+
+    def bind_q(self, tma_q, mQ, sQ):
+        self.tma_q, self.mQ, self.sQ = tma_q, mQ, sQ
+
+    def bind_kv(self, k, v, mIds, last_key):
+        """k, v: (global tensor (S, D, H, B), shared tiles, bytes from row to row); last_key: Sk - 1."""
+        self.k, self.v = k, v
+        self.mIds, self.last_key = mIds, last_key
 
     @cute.jit
     def run(self):
@@ -57,30 +63,32 @@ class Loader:
         """
         tile_n = self.spec.tile_n
         last = cute.ceil_div(work.num_keys, tile_n) - 1
-        k = self.side(self.mK, self.sK, work)
-        v = self.side(self.mV, self.sV, work)
+        group_size, _ = unsigned_divmod(self.mQ.shape[2], self.k[0].shape[2])
+        head_kv, _ = unsigned_divmod(work.head, group_size)
+        k = self.side(self.k, head_kv, work.batch)
+        v = self.side(self.v, head_kv, work.batch)
         mList = cute.make_tensor(self.mIds.iterator + work.list_start, cute.make_layout(1 << 30))
         ids = cute.make_rmem_tensor((self.gather.ids_per_thread,), Int32)
         rows = cute.make_rmem_tensor((self.spec.rows_per_thread,), Int32)
 
-        # The ids of the next tile are always read one tile ahead.
         self.gather.load_ids(ids, mList, Int32(0), self.group)
-        self.gather.expand(rows, ids, Int32(0), self.group, self.mK.shape[0])
-        self.gather.load_ids(ids, mList, cutlass.min(1, last), self.group)
+        self.gather.expand(rows, ids, Int32(0), self.group, self.last_key)
         self.pipe_k.acquire(it)
         self.copy(self.pipe_k, it, k, rows, work.num_keys, False)
+        # From here on the ids of the next tile are read one tile ahead, so that their latency hides behind the copies.
+        self.gather.load_ids(ids, mList, cutlass.min(1, last), self.group)
         if self.warp == 0:
             self.load_q(work, items)
         self.publish(self.pipe_k, it, 0)
         self.pipe_v.acquire(it)
         self.copy(self.pipe_v, it, v, rows, work.num_keys, False)
         for i in cutlass.range(1, last, unroll=1):
-            self.gather.expand(rows, ids, i, self.group, self.mK.shape[0])
+            self.gather.expand(rows, ids, i, self.group, self.last_key)
             self.gather.load_ids(ids, mList, i + 1, self.group)
             self.load_pair(it, k, v, rows, tile_n, True)
             it += 1
         if last > 0:
-            self.gather.expand(rows, ids, last, self.group, self.mK.shape[0])
+            self.gather.expand(rows, ids, last, self.group, self.last_key)
             self.load_pair(it, k, v, rows, work.num_keys - last * tile_n, False)
             it += 1
         self.publish(self.pipe_v, it, 0)
@@ -96,12 +104,12 @@ class Loader:
         self.pipe_v.acquire(it + 1)
         self.copy(self.pipe_v, it + 1, v, rows, num_valid, whole)
 
-    def side(self, mX: cute.Tensor, sX: cute.Tensor, work) -> tuple:
+    def side(self, operand: tuple, head: Int32, batch: Int32) -> tuple:
         """(shared address, global address, row bytes) of this thread's first chunk of K or V for one work item."""
-        head_kv = work.head // (self.mQ.shape[2] // mX.shape[2])
-        source = mX[None, None, head_kv, work.batch].iterator.toint() + Int64(self.gather.chunk(self.thread) * 16)
+        mX, sX, row_bytes = operand
+        source = mX[None, None, head, batch].iterator.toint() + Int64(self.gather.chunk(self.thread) * 16)
         target = Int32(sX.iterator.toint()) + self.gather.smem_offset(self.thread)
-        return target, source, Int32(mX.stride[0] * ELEMENT_BYTES)
+        return target, source, row_bytes
 
     @cute.jit
     def copy(self, pipe, i: Int32, side, rows: cute.Tensor, num_valid: Int32, whole: cutlass.Constexpr[bool]):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few PTX instructions that the CuTe DSL has no exact form for, each with its section of the PTX ISA."""
+"""Instructions that the CuTe DSL has no exact form for, each with its section of the PTX ISA."""
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
 
 @cute.jit
@@ -60,6 +60,13 @@ def mbarrier_wait(barrier_addr: Int32, phase: Int32):
         "@done bra FG_DONE; bra FG_WAIT; FG_DONE: }",
         read_only_args=[barrier_addr, phase],
     )
+
+
+def unsigned_divmod(dividend: Int32, divisor: Int32) -> tuple:
+    """(quotient, remainder) of two non-negative numbers, without the sign handling of Python's floor division."""
+    a, b = Uint32(dividend), Uint32(divisor)
+    quotient = a // b
+    return Int32(quotient), Int32(a - quotient * b)
 
 
 @cute.jit

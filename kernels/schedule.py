@@ -49,9 +49,7 @@ class Edge(NamedTuple):
 def edges(spec) -> tuple:
     """The CTA's channels in the order of their barriers in shared memory."""
     consumer_warps = 4 * spec.consumer_warpgroups
-    copies = (
-        WARPGROUP_THREADS  # every producer thread arrives once its own copies have landed
-    )
+    copies = WARPGROUP_THREADS  # every producer thread arrives once its own copies have landed
     return (
         Edge("q", 1, 1, consumer_warps),
         Edge("k", spec.kv_stages, copies, consumer_warps),
@@ -66,12 +64,15 @@ class Pipe:
         self.edge = edge
         self.full = barriers
         self.empty = barriers + edge.stages
+        # Floor division of a signed number is several instructions, and every warp needs one per tile and barrier.
+        stages = edge.stages
+        self.shift = stages.bit_length() - 1 if stages & (stages - 1) == 0 else None
 
     def slot(self, i: Int32):
-        return i % self.edge.stages
+        return i % self.edge.stages if self.shift is None else i & (self.edge.stages - 1)
 
     def phase(self, i: Int32):
-        return (i // self.edge.stages) & 1
+        return (i // self.edge.stages if self.shift is None else i >> self.shift) & 1
 
     @cute.jit
     def init(self):
@@ -83,7 +84,7 @@ class Pipe:
     @cute.jit
     def acquire(self, i: Int32):
         """Producer: wait until slot of item ``i`` is free. Passes at once during the first round."""
-        cute.arch.mbarrier_wait(self.empty + self.slot(i), self.phase(i) ^ 1)
+        mbarrier_wait((self.empty + self.slot(i)).toint(), self.phase(i) ^ 1)
 
     @cute.jit
     def wait(self, i: Int32):
@@ -130,16 +131,12 @@ class TensorCoreOrder:
     def start(self, warpgroup: Int32):
         if const_expr(self.enabled):
             if warpgroup == 0:
-                cute.arch.barrier_arrive(
-                    barrier_id=int(NamedBarrier.ORDER), number_of_threads=2 * WARPGROUP_THREADS
-                )
+                cute.arch.barrier_arrive(barrier_id=int(NamedBarrier.ORDER), number_of_threads=2 * WARPGROUP_THREADS)
 
     @cute.jit
     def wait_turn(self, warpgroup: Int32):
         if const_expr(self.enabled):
-            cute.arch.barrier(
-                barrier_id=int(NamedBarrier.ORDER) + warpgroup, number_of_threads=2 * WARPGROUP_THREADS
-            )
+            cute.arch.barrier(barrier_id=int(NamedBarrier.ORDER) + warpgroup, number_of_threads=2 * WARPGROUP_THREADS)
 
     @cute.jit
     def pass_on(self, warpgroup: Int32):

@@ -10,6 +10,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
+from .ptx import unsigned_divmod
+
 
 class WorkItem:
     """A decoded descriptor. ``row`` is the first query row of the CTA, ``row_end`` the end of its query block."""
@@ -47,9 +49,11 @@ class Scheduler:
     @cute.jit
     def fetch(self, index: Int32) -> WorkItem:
         words = cute.make_rmem_tensor((4,), Int32)
-        source = self.mWork.iterator + (index // self.ctas_per_block) * 4
-        cute.autovec_copy(cute.make_tensor(source.align(16), cute.make_layout(4)), words)
+        item, part = unsigned_divmod(index, self.ctas_per_block)
+        address = self.mWork.iterator.toint() + Int64(item) * 16
+        source = cute.make_ptr(Int32, address, cute.AddressSpace.gmem, assumed_align=16)
+        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), words)
         block_row = words[0] * self.slice_m
-        row = block_row + (index % self.ctas_per_block) * self.spec.tile_m
+        row = block_row + part * self.spec.tile_m
         row_end = cutlass.min(block_row + self.slice_m, self.seqlen_q)
         return WorkItem(row, row_end, words[1] & 0xFFFF, words[1] >> 16, words[2], Int64(words[3]) * 8)

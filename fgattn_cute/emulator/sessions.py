@@ -28,6 +28,7 @@ class Options:
     raise_on_violation: bool
     max_instructions: int
     ctas_per_sm: int
+    edit_ptx: Callable[[str, str], str] | None
 
 
 def parse_checks(checks: str | Iterable[str]) -> Check:
@@ -128,6 +129,8 @@ class Session:
             smem: Dynamic shared memory in bytes.
             args: `args[i]` is the address of the i-th parameter.
         """
+        if self.options.edit_ptx is not None:
+            ptx = self.options.edit_ptx(name, ptx)
         kernels = ptx_frontend.load(ptx).kernels
         if name not in kernels:
             raise SetupError(f"the PTX has no kernel {name}; it has {', '.join(kernels)}")
@@ -197,6 +200,7 @@ def session(
     on_violation: str = "raise",
     max_instructions: int = 2_000_000_000,
     ctas_per_sm: int = 1,
+    edit_ptx: Callable[[str, str], str] | None = None,
 ) -> Session:
     """Sends every launch of the block to the emulator: `with emulator.session() as emu: compiled(q, k, v, out)`.
 
@@ -213,6 +217,8 @@ def session(
             instruction always raises.
         max_instructions: Warp instructions per cluster before the launch counts as an endless loop.
         ctas_per_sm: CTAs that are meant to share a multiprocessor, for the register pool that `setmaxnreg` draws from.
+        edit_ptx: Called with the kernel's name and its PTX before each launch; what it returns is run instead. For
+            planting faults, and for trying a change without compiling.
 
     Raises:
         SetupError: No C compiler, no nvidia-cutlass-dsl, or an unknown option.
@@ -224,7 +230,14 @@ def session(
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = Options(
-        seed, parse_checks(checks), threads, num_sms, on_violation == "raise", max_instructions, ctas_per_sm
+        seed,
+        parse_checks(checks),
+        threads,
+        num_sms,
+        on_violation == "raise",
+        max_instructions,
+        ctas_per_sm,
+        edit_ptx,
     )
     return Session(options, outputs)
 

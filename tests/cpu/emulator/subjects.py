@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that the mutation suite breaks: the tests' own GEMM in two forms, and the product's forward kernel."""
+
+import torch
+
+import fgattn_cute as fg
+from tests.cpu.emulator.mutation import Subject
+
+
+def gemm(name, **options):
+    """Integer data, so that the result is exact; K of eight steps through two stages, ragged M and N."""
+    import cutlass
+
+    from tests.cpu.emulator.gemm import compile_gemm
+
+    compiled = compile_gemm(cutlass.BFloat16, **options)
+    a, b = (torch.randint(-3, 4, (rows, 512)).to(torch.bfloat16) for rows in (200, 136))
+    want = a.float() @ b.float().T
+
+    def run(emu):
+        c = torch.zeros(200, 136, dtype=torch.float16)
+        emu.outputs(c)
+        compiled(a, b, c)
+        return float((c.float() - want).abs().max().nan_to_num(float("inf")))
+
+    return Subject(name, "Gemm", run, 0.0)
+
+
+def forward(name, density=0.5, seqlens=(192, 700), heads=1, head_dim=64, **fields):
+    """fg.attention on random lists, against the fp32 oracle."""
+    from fgattn_cute.kernels.spec import FwdSpec
+
+    spec = FwdSpec(head_dim=head_dim, **fields)
+    sq, sk = seqlens
+    q, k, v = (torch.randn(1, n, heads, head_dim).to(torch.bfloat16) for n in (sq, sk, sk))
+    blocks = -(-sq // spec.tile_m)
+    keep = torch.rand(1, heads, blocks, sk) < density
+    mask = fg.SliceMask.from_dense(keep, slice_m=spec.tile_m, slice_n=1, seqlen_q=sq, seqlen_k=sk)
+    plan = fg.Plan.from_mask(mask)
+    want, want_lse = fg.reference.attention(q, k, v, plan, return_lse=True)
+
+    def run(emu):
+        out, lse = fg.attention(q, k, v, plan, return_lse=True, backend="emulator", spec=spec)
+        error = max((out.float() - want.float()).abs().max(), 10 * (lse - want_lse).abs().max())
+        return float(error.nan_to_num(float("inf")))
+
+    return Subject(name, spec.name, run, 0.02)
+
+
+SUBJECTS = {
+    "GEMM, A from shared memory": lambda: gemm("gemm"),
+    "GEMM, A from registers": lambda: gemm("gemm-rs", a_source="registers"),
+    "GEMM, cluster of two with multicast": lambda: gemm("gemm-cluster", cluster=2),
+    "forward, exact softmax, one warpgroup": lambda: forward("exact", softmax="exact", tile_m=64),
+    "forward, fixed reference, persistent, ping-pong": lambda: forward(
+        "fixed_ref", scheduler="persistent", ping_pong=True, q_source="registers", heads=2
+    ),
+    "forward, consumer's fence, rows stored one by one": lambda: forward(
+        "rows", softmax="exact", tile_m=64, proxy_fence="consumer", partial_rows=True, seqlens=(176, 700)
+    ),
+}

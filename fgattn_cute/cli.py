@@ -318,11 +318,11 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Sparse attention over a small video made from a photograph: what it keeps, costs and loses."""
-    from fgattn_cute.demo import run
-
     if backend not in ("auto", "cuda", "emulator"):
         raise typer.BadParameter(f"{backend!r} is not one of auto, cuda, emulator", param_hint="--backend")
     with Bars(shown=not as_json) as bars:
+        with bars.busy("loading torch"):
+            from fgattn_cute.demo import run
         result = run(out, backend=backend, progress=bars)
     if as_json:
         print_json(dataclasses.asdict(result))

@@ -117,7 +117,8 @@ def run(out_dir: Path, *, backend: str = "auto", size: Size | None = None, progr
     launched = _on_gpu(scene, plan, progress) if backend == "cuda" else _on_emulator(scene, plan, progress)
     out, lse = launched.pop("out"), launched.pop("lse")
     checked = _compare(scene, keep, out, lse, plan, progress)
-    picture = _picture(scene, keep[0], mass[0], Path(out_dir))
+    with progress.busy("drawing"):
+        picture = _picture(scene, keep[0], mass[0], Path(out_dir))
     return Result(
         backend=backend,
         machine=machine,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 
 import torch
 
@@ -22,7 +21,7 @@ from .select import Choice, select
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
 
-_plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_PLAN_OF_MASK = "_plan"  # attribute of a mask that holds its plan: it lives and dies with the mask
 
 
 def attention(
@@ -198,9 +197,9 @@ def _plan_of(mask: SliceMask) -> Plan:
             "a SliceMask inside torch.compile: making its plan reads a number back from the device\n"
             "  nearest thing that works: plan = Plan.from_mask(mask) outside, and pass the plan"
         )
-    plan = _plans.get(mask)
+    plan = vars(mask).get(_PLAN_OF_MASK)
     if plan is None:
-        plan = _plans[mask] = Plan.from_mask(mask)
+        plan = vars(mask)[_PLAN_OF_MASK] = Plan.from_mask(mask)
     return plan
 
 

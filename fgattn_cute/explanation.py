@@ -37,7 +37,7 @@ class Explanation:
     def of(cls, problem: Problem, gpu: Gpu, choice: Choice | None, density: float, refused) -> Explanation:
         effective = problem.effective_flops()
         spec = choice.spec if choice else None
-        others = () if choice is None else tuple(r for r in runners_up(problem, gpu) if r.spec != spec)
+        others = () if choice is None else tuple(runners_up(problem, gpu, spec))
         items = problem.batch * problem.heads * problem.blocks_q
         return cls(
             problem=problem,

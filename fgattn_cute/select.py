@@ -73,10 +73,14 @@ def select(problem: Problem, gpu: Gpu, spec: FwdSpec | str | None = None) -> Cho
     return ranked[0][0]
 
 
-def runners_up(problem: Problem, gpu: Gpu) -> list[RunnerUp]:
-    """Every other preset that could run the problem, best first."""
+def runners_up(problem: Problem, gpu: Gpu, chosen: FwdSpec) -> list[RunnerUp]:
+    """Every preset but the chosen kernel's that could run the problem, best first."""
+    ranked = _ranked(problem, files_for(gpu))
+    whys = ["what a call without a spec takes", *(why_not for _, why_not in ranked[1:])]
     return [
-        RunnerUp(choice.preset_id, choice.spec, why_not) for choice, why_not in _ranked(problem, files_for(gpu))[1:]
+        RunnerUp(choice.preset_id, choice.spec, why)
+        for (choice, _), why in zip(ranked, whys, strict=True)
+        if choice.spec != chosen
     ]
 
 

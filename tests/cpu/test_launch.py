@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a launch hands to the kernel, with the kernel replaced by a recorder."""
+
+import math
+
+import pytest
+import torch
+
+from fgattn_cute import launch
+from fgattn_cute.kernels.spec import FwdSpec
+from fgattn_cute.mask import SliceMask
+from fgattn_cute.plan import Plan
+from fgattn_cute.problem import Problem
+
+B, HEADS, KV_HEADS, SQ, SK, D = 2, 4, 2, 300, 200, 64
+SLICE_M = 128
+BLOCKS = 3  # ceil(300 / 128)
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *args):
+        self.calls.append(args)
+        args[3].fill_(1.0)
+
+
+@pytest.fixture
+def plan():
+    keep = torch.rand(B, HEADS, BLOCKS, SK) < 0.5
+    return Plan.from_mask(SliceMask.from_dense(keep, slice_m=SLICE_M, slice_n=1, seqlen_q=SQ, seqlen_k=SK))
+
+
+def tensors(layout="bshd"):
+    sizes = ((SQ, HEADS), (SK, KV_HEADS), (SK, KV_HEADS))
+    shapes = [(B, s, h, D) if layout == "bshd" else (B, h, s, D) for s, h in sizes]
+    return [torch.randn(shape).bfloat16() for shape in shapes]
+
+
+def launcher(q, k, v, plan, spec, layout="bshd", redo=None):
+    problem = Problem.of(q, k, v, plan, layout)
+    strides = (problem.q_strides, problem.k_strides, problem.v_strides)
+    return launch.Launcher(
+        spec=spec,
+        kernel=Recorder(),
+        redo=redo,
+        realign=tuple(any(s % 8 for s in x[:3]) for x in strides),
+        slice_m=plan.slice_m,
+        ctas_per_block=launch.ctas_per_block(spec, plan.slice_m),
+        layout=layout,
+    )
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_arguments_of_the_kernel(plan, layout):
+    q, k, v = tensors(layout)
+    l = launcher(q, k, v, plan, FwdSpec(head_dim=D, tile_m=64, tile_n=64), layout)
+    out, lse = launch._launch(l, q, k, v, plan, 0.5, None, 132)
+    [(mq, mk, mv, mo, mlse, ids, work, scale, slice_m, ctas_per_block, num_ctas)] = l.kernel.calls
+    for given, seen, heads, length in ((q, mq, HEADS, SQ), (k, mk, KV_HEADS, SK), (v, mv, KV_HEADS, SK)):
+        assert seen.shape == (B, length, heads, D)
+        assert seen.data_ptr() == given.data_ptr(), "no copy"
+    assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+    assert mo.data_ptr() == out.data_ptr() and mo.shape == (B, SQ, HEADS, D)
+    assert torch.all(out == 1)
+    assert lse is mlse and lse.shape == (B, HEADS, SQ) and lse.dtype == torch.float32
+    assert ids is plan.ids and work is plan.work(B, HEADS) and work.shape == (B * HEADS * BLOCKS, 4)
+    assert (scale, slice_m, ctas_per_block) == (0.5, 128, 2)
+    assert num_ctas == B * HEADS * BLOCKS * 2
+
+
+def test_persistent_grid_stops_at_what_the_gpu_holds():
+    grid = FwdSpec(head_dim=64, tile_m=64, tile_n=64)
+    persistent = FwdSpec(head_dim=64, tile_m=64, tile_n=64, scheduler="persistent", ctas_per_sm=2)
+    assert launch.grid_size(grid, 1000, 128, 132) == 2000
+    assert launch.grid_size(persistent, 1000, 128, 132) == 264
+    assert launch.grid_size(persistent, 10, 128, 132) == 20
+    assert launch.grid_size(FwdSpec(head_dim=64, tile_m=192), 7, 200, 132) == 14, "a partial tile is a CTA"
+
+
+def test_redo_runs_after_the_kernel_unless_a_bound_rules_it_out(plan):
+    q, k, v = tensors()
+    spec = FwdSpec(head_dim=D, tile_m=128, tile_n=64, scheduler="persistent")
+    l = launcher(q, k, v, plan, spec, redo=Recorder())
+    launch._launch(l, q, k, v, plan, 1.0, None, 1)
+    (first,), (second,) = l.kernel.calls, l.redo.calls
+    assert all(a is b for a, b in zip(first[:7], second[:7], strict=True)), "the same tensors"
+    assert first[-1] == 1 and second[-1] == B * HEADS * BLOCKS, "the redo pass is a plain grid"
+    launch._launch(l, q, k, v, plan, 1.0, 2.0, 1)
+    assert len(l.kernel.calls) == 2 and len(l.redo.calls) == 1
+
+
+@pytest.mark.parametrize("seqlen_k", [1, 200, 118800])
+def test_the_bound_that_rules_poisoned_rows_out(seqlen_k):
+    """Scores within +-b nats: e^(2b) * Sk < 2^99 can never pass the 2^100 that poisons a row."""
+    largest = (99 * math.log(2) - math.log(seqlen_k)) / 2
+    assert launch.needs_redo(seqlen_k, None)
+    assert launch.needs_redo(seqlen_k, largest * 1.001)
+    assert not launch.needs_redo(seqlen_k, largest * 0.999)
+
+
+def test_dimensions_of_size_one_may_have_any_stride():
+    q = torch.randn(SQ * HEADS * D + 3).bfloat16().as_strided((1, SQ, HEADS, D), (3, HEADS * D, D, 1))
+    k = torch.randn(1, SK, 1, D).bfloat16().as_strided((1, SK, 1, D), (SK * D, D, 5, 1))
+    keep = torch.ones(1, 1, BLOCKS, SK, dtype=torch.bool)
+    plan = Plan.from_mask(SliceMask.from_dense(keep, slice_m=SLICE_M, slice_n=1, seqlen_q=SQ, seqlen_k=SK))
+    l = launcher(q, k, k, plan, FwdSpec(head_dim=D, tile_n=64))
+    assert l.realign == (True, True, True)
+    launch._launch(l, q, k, k, plan, 1.0, None, 132)
+    seen = l.kernel.calls[0]
+    for given, got in zip((q, k), seen[:2], strict=True):
+        assert got.data_ptr() == given.data_ptr() and torch.equal(got, given)
+        assert all(stride % 8 == 0 for stride in got.stride()[:3])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """O through this warpgroup's slab of shared memory to global memory; LSE straight from registers.
 
-Slabs that lie inside their query block go out by one TMA store, which clips at Sq. Where slice_m is not a multiple of 64
-a slab's last rows belong to the next query block (``FwdSpec.partial_rows``), so its rows are stored one by one.
+Slabs that lie inside their query block go out by one TMA store, which clips at Sq. Where slice_m is not a multiple of
+64 a slab's last rows belong to the next query block (``FwdSpec.partial_rows``), so its rows are stored one by one.
 """
 
 import cutlass

@@ -8,7 +8,6 @@ own. Reading order: spec.py, schedule.py, scheduler.py, gather.py, loader.py, so
 import math
 
 import cuda.bindings.driver as cuda
-import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90_utils
 from cutlass import Float32, Int32, const_expr
@@ -22,7 +21,7 @@ from .mainloop import Mainloop
 from .ptx import exit_if_zero
 from .schedule import make_pipes
 from .scheduler import Scheduler
-from .smem import OperandLayouts, element_type, operand_layouts, storage_struct
+from .smem import element_type, operand_layouts, storage_struct
 from .spec import ELEMENT_BYTES, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)

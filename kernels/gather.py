@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The asynchronous gather: list ids -> key rows -> 16-byte cp.async into a packed, swizzled tile.
 
-A producer warpgroup copies ``row_groups`` rows side by side (16 for 128-byte swizzle atoms, 32 for 64-byte ones), each by
-``lanes_per_row`` neighbouring threads. Group g takes the list positions [g * R, g * R + R) of a tile, R = rows_per_thread,
-and writes position g * R + m to shared row m * row_groups + g. Softmax does not care about the order of keys, and this
-permutation makes a thread's ids neighbours in the list (vector loads), its swizzle one XOR for the whole kernel, and
-every further shared offset an immediate.
+A producer warpgroup copies ``row_groups`` rows side by side (16 for 128-byte swizzle atoms, 32 for 64-byte ones), each
+by ``lanes_per_row`` neighbouring threads. Group g takes the list positions [g * R, g * R + R) of a tile, R =
+rows_per_thread, and writes position g * R + m to shared row m * row_groups + g. Softmax does not care about the order
+of keys, and this permutation makes a thread's ids neighbours in the list (vector loads), its swizzle one XOR for the
+whole kernel, and every further shared offset an immediate.
 """
 
 import math

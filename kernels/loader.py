@@ -3,8 +3,8 @@
 
 Order of the loads: K_0, then pairs (V_i, K_i+1), because both slots of a pair come free in the same consumer step, then
 the last V. With the fence on the producer's side a thread publishes a tile only after waiting for its own copies of it;
-the copies of the next tile are already in flight then. The list's partial tile comes last, so that the softmax reference
-comes from a full tile; only the first and the last tile pay for predicated copies.
+the copies of the next tile are already in flight then. The list's partial tile comes last, so that the softmax
+reference comes from a full tile; only the first and the last tile pay for predicated copies.
 """
 
 import cutlass

@@ -23,7 +23,7 @@ class WorkItem:
 
 
 class Scheduler:
-    """Grid: CTA c takes item c. Persistent: round r gives CTA c item r * G + c, in odd rounds counted from the other end.
+    """Grid: CTA c takes item c. Persistent: round r gives CTA c item r * G + c, odd rounds counting from the other end.
 
     The items descend in weight, so the zigzag keeps the CTAs' sums within one heaviest item of each other without a
     counter in global memory: nothing to reset, nothing shared between launches or streams.

@@ -60,7 +60,7 @@ def storage_struct(spec, layouts: OperandLayouts):
 
 @cute.jit
 def swizzled_chunk(spec: cutlass.Constexpr, row: Int32, chunk: Int32) -> Int32:
-    """Place of 16-byte ``chunk`` of a row inside its swizzle atom: address bits 4.. xor bits 7.. (as TMA and WGMMA do)."""
+    """Place of 16-byte ``chunk`` of a row in its swizzle atom: address bits 4.. xor bits 7.. (as TMA and WGMMA do)."""
     if const_expr(spec.swizzle_bytes == 128):
         place = chunk ^ (row % 8)
     else:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax over the tiles of a list, in two exact modes.
 
-Both compute P = 2^(s * scale_log2 - reference) in fp32 and keep per-thread row sums; a row's four lanes meet once, at the
-end. They differ in the reference:
+Both compute P = 2^(s * scale_log2 - reference) in fp32 and keep per-thread row sums; a row's four lanes meet once, at
+the end. They differ in the reference:
 
 * ``exact``: the running row maximum (Milakov and Gimelshein's online softmax), O rescaled whenever it moves.
-* ``fixed_ref``: the maximum of the first tile, for good. Softmax does not change under a shift, and bf16 has the exponent
-  range of fp32, so P may be any power of two away from 1. The loop then has no maximum, no shuffles and no rescaling of
-  O. A guard before each tile moves the reference of rows whose sum passed 2^60. A row whose sum passes 2^100 inside one
-  tile could overflow in P V before the sum does: it is poisoned (LSE = +inf) and a redo launch recomputes it with
-  ``exact``. So is a row whose first tile has no finite score.
+* ``fixed_ref``: the maximum of the first tile, for good. Softmax does not change under a shift, and bf16 has the
+  exponent range of fp32, so P may be any power of two away from 1. The loop then has no maximum, no shuffles and no
+  rescaling of O. A guard before each tile moves the reference of rows whose sum passed 2^60. A row whose sum passes
+  2^100 inside one tile could overflow in P V before the sum does: it is poisoned (LSE = +inf) and a redo launch
+  recomputes it with ``exact``. So is a row whose first tile has no finite score.
 """
 
 import math

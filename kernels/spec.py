@@ -28,8 +28,8 @@ ELEMENT_BYTES = 2
 # fails (D = 64, 128, 256; tile_n 64 to 192; one to three consumer warpgroups; nvidia-cutlass-dsl 4.8.1).
 CONSUMER_OVERHEAD_REGISTERS = 28
 
-# setmaxnreg budgets (consumer, producer) by (consumer warpgroups, CTAs per SM). Every SM sub-partition holds one warp of
-# each warpgroup, so warpgroups * consumer + producer must stay within 512 / CTAs per SM registers of a lane.
+# setmaxnreg budgets (consumer, producer) by (consumer warpgroups, CTAs per SM). Every SM sub-partition holds one warp
+# of each warpgroup, so warpgroups * consumer + producer must stay within 512 / CTAs per SM registers of a lane.
 _DEFAULT_REGISTERS = {(1, 1): (240, 56), (2, 1): (224, 56), (3, 1): (160, 32), (1, 2): (200, 56)}
 
 
@@ -120,7 +120,7 @@ class FwdSpec:
         return 2 + 4 * self.kv_stages
 
     def smem_bytes(self) -> int:
-        """Shared memory of one CTA in bytes, as the kernel's storage struct lays it out (1024-byte aligned operands)."""
+        """Shared memory of one CTA in bytes, as the kernel lays it out (operands aligned to 1024 bytes)."""
         align = 1024
         header = -(-8 * self.num_barriers // align) * align
         q = self.tile_m * self.head_dim * ELEMENT_BYTES

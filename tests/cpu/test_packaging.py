@@ -28,11 +28,22 @@ print(json.dumps({
 """
 
 
-def probe(cwd: Path, pythonpath: Path | None) -> dict:
+# Compiles a kernel from the shipped device code and runs it on the emulator from its shipped C code.
+RUN_PROBE = """
+import json, torch
+import fgattn_cute as fg
+q, k, v = torch.randn(3, 1, 70, 1, 64, dtype=torch.bfloat16).unbind()
+mask = fg.SliceMask.from_dense(torch.rand(1, 1, 2, 70) < 0.5, slice_m=64, slice_n=1, seqlen_q=70, seqlen_k=70)
+out = fg.attention(q, k, v, mask, backend="emulator")
+print(json.dumps({"error": (out.float() - fg.reference.attention(q, k, v, mask)).abs().max().item()}))
+"""
+
+
+def probe(cwd: Path, pythonpath: Path | None, code: str = PROBE) -> dict:
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if pythonpath is not None:
         env["PYTHONPATH"] = str(pythonpath)
-    done = subprocess.run([sys.executable, "-c", PROBE], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -95,6 +106,12 @@ def test_works_from_a_wheel(wheel, tmp_path):
     assert Path(seen["where"]).is_relative_to(site)
     assert seen["spec"].startswith("fwd_bf16_d128_")
     assert seen["yaml"] == sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def test_a_kernel_from_the_wheel_compiles_and_runs(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert probe(cwd=tmp_path, pythonpath=site, code=RUN_PROBE)["error"] < 0.02
 
 
 def test_works_from_a_bare_checkout():

@@ -28,7 +28,7 @@ _FROM = {
     "PresetError": "errors",
     "UnsupportedError": "errors",
 }
-_MODULES = ("emulator", "reference")
+_MODULES = ("convert", "emulator", "pictures", "predict", "reference")
 
 __all__ = [
     "CompileError",
@@ -45,8 +45,11 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "attention",
+    "convert",
     "emulator",
     "explain",
+    "pictures",
+    "predict",
     "reference",
 ]
 

@@ -11,7 +11,7 @@ from fgattn_cute import bits
 from fgattn_cute.errors import MaskError
 from fgattn_cute.mask import SliceMask, blocks_of, check_geometry
 
-_CHUNK_PAIRS = 1 << 26  # (query, key) pairs held as bool at a time
+_CHUNK_PAIRS = 1 << 24  # (query, key) pairs judged at a time; a rule may hold several int64 of each
 
 
 def slices_from_tokens(
@@ -50,8 +50,8 @@ def slices_from_tokens(
                 m += start // slice_m
                 raise MaskError(
                     f"slices of {slice_m} x {slice_n} cannot hold this mask: the slice at batch {b}, head {h}, "
-                    f"row {m}, column {n} is kept in part. Finer slices hold it (1 x 1 always does), and coarsen() makes "
-                    "a superset of them"
+                    f"row {m}, column {n} is kept in part. Finer slices hold it (1 x 1 always does); coarsen() makes a "
+                    "superset of them"
                 )
         parts.append(bits.pack(some))
     return SliceMask(torch.cat(parts, 2), slice_m, slice_n, seqlen_q, seqlen_k)

@@ -29,7 +29,7 @@ RESTRICTED = {
     "pydantic": {"presets.py"},
     "typer": {"cli.py"},
     "rich": {"cli.py"},
-    "matplotlib": {"demo_picture.py"},
+    "matplotlib": {"demo_picture.py", "pictures.py"},
     "skimage": {"demo_scene.py"},
     "diffusers": {"integrations/"},
     "transformers": {"integrations/"},

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from fgattn_cute import reference
+from fgattn_cute import predict, reference
 from fgattn_cute.api import attention, explain
 from fgattn_cute.demo_scene import Scene, make_scene
 from fgattn_cute.errors import DeviceError, refusal
 from fgattn_cute.mask import SliceMask
 from fgattn_cute.plan import Plan
+from fgattn_cute.predict.scores import slice_mass
 
 SLICE_M = 128
 SLICE_N = 1
@@ -107,30 +108,29 @@ def run(out_dir: Path, *, backend: str = "auto", size: Size | None = None, progr
     scene = make_scene(**dataclasses.asdict(size), device=device)
     q, k, v = scene.q, scene.k, scene.v
 
-    mass = slice_mass(q, k, SLICE_M, progress)
-    keep = keep_mass(mass, KEPT_MASS)
-    tokens = q.shape[1]
-    mask = SliceMask.from_dense(keep, slice_m=SLICE_M, slice_n=SLICE_N, seqlen_q=tokens, seqlen_k=tokens)
+    with progress.busy("softmax mass of every slice"):
+        mask = predict.mass(q, k, slice_m=SLICE_M, slice_n=SLICE_N, select=predict.TopP(KEPT_MASS))
+        kept_mass = float(predict.recall(mask, q, k).mean())
     plan = Plan.from_mask(mask)
     choice = explain(q, k, v, plan).choice
 
     launched = _on_gpu(scene, plan, progress) if backend == "cuda" else _on_emulator(scene, plan, progress)
     out, lse = launched.pop("out"), launched.pop("lse")
-    checked = _compare(scene, keep, out, lse, plan, progress)
+    checked = _compare(scene, mask, out, lse, plan, progress)
     with progress.busy("drawing"):
-        picture = _picture(scene, keep[0], mass[0], Path(out_dir))
+        picture = _picture(scene, mask, Path(out_dir))
     return Result(
         backend=backend,
         machine=machine,
         photo=scene.photo,
-        tokens=tokens,
+        tokens=q.shape[1],
         heads=size.heads,
         head_dim=q.shape[-1],
         preset=choice.preset_id,
         why=choice.why,
         kernel=choice.spec.name,
         density=float(plan.density),
-        kept_mass=float((mass * keep).sum() / mass.sum()),
+        kept_mass=kept_mass,
         picture=str(picture),
         **launched,
         **checked,
@@ -154,30 +154,6 @@ def pick_backend(asked: str) -> tuple[str, str]:
             )
         )
     return "cuda", torch.cuda.get_device_name()
-
-
-def slice_mass(q: torch.Tensor, k: torch.Tensor, slice_m: int, progress: Quiet) -> torch.Tensor:
-    """Exact softmax mass of each slice_m x 1 slice, summed over its queries: fp32 (B, H, blocks, Sk)."""
-    batch, tokens, heads, head_dim = q.shape
-    blocks = -(-tokens // slice_m)
-    mass = torch.zeros(batch, heads, blocks, k.shape[1], device=q.device)
-    step = max(1, ROWS_AT_ONCE // slice_m) * slice_m
-    chunks = [(head, first) for head in range(heads) for first in range(0, tokens, step)]
-    for head, first in progress.track("softmax mass of every slice", chunks):
-        rows = q[:, first : first + step, head].float()
-        scores = rows @ k[:, :, head].float().transpose(1, 2) / math.sqrt(head_dim)
-        rows = torch.softmax(scores, dim=-1)
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % slice_m))
-        summed = rows.unflatten(1, (-1, slice_m)).sum(2)
-        mass[:, head, first // slice_m : first // slice_m + summed.shape[1]] = summed
-    return mass
-
-
-def keep_mass(mass: torch.Tensor, share: float) -> torch.Tensor:
-    """Per query block the fewest slices that hold ``share`` of its mass: bool like ``mass``."""
-    heaviest, order = mass.sort(dim=-1, descending=True, stable=True)
-    before = heaviest.cumsum(-1) - heaviest
-    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, before < share * mass.sum(-1, keepdim=True))
 
 
 def _on_emulator(scene: Scene, plan: Plan, progress: Quiet) -> dict:
@@ -236,11 +212,12 @@ def _on_gpu(scene: Scene, plan: Plan, progress: Quiet) -> dict:
     }
 
 
-def _compare(scene: Scene, keep, out, lse, plan: Plan, progress: Quiet) -> dict:
+def _compare(scene: Scene, mask: SliceMask, out, lse, plan: Plan, progress: Quiet) -> dict:
     """Errors against the fp32 reference on the same keys, the limit of the contract, and the change against dense."""
     q, k, v = scene.q, scene.k, scene.v
     with progress.busy("fp32 reference"):
         expected, expected_lse = reference.attention(q, k, v, plan, return_lse=True)
+    keep = mask.to_dense()
     eager_error = changed = whole = 0.0
     for head in progress.track("dense attention, and torch in bf16", list(range(q.shape[2]))):
         for first in range(0, q.shape[1], ROWS_AT_ONCE):
@@ -262,7 +239,10 @@ def _compare(scene: Scene, keep, out, lse, plan: Plan, progress: Quiet) -> dict:
     }
 
 
-def _picture(scene: Scene, keep: torch.Tensor, mass: torch.Tensor, out_dir: Path) -> Path:
+def _picture(scene: Scene, mask: SliceMask, out_dir: Path, head: int = 0) -> Path:
     from fgattn_cute.demo_picture import draw
 
-    return draw(scene, keep, mass / SLICE_M, SLICE_M, out_dir / "attention.png")
+    q, k = scene.q[0, :, head], scene.k[0, :, head]
+    chunks = slice_mass(q, k, None, slice_m=SLICE_M, slice_n=SLICE_N, scale=q.shape[-1] ** -0.5)
+    mass = torch.cat([scores for _, scores in chunks])
+    return draw(scene, mask.to_dense()[0, head].cpu(), mass.cpu(), SLICE_M, out_dir / "attention.png")

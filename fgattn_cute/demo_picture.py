@@ -15,15 +15,14 @@ DIMMED = 0.22
 INK, QUERY = "#1c2733", "#ff9f1c"
 
 
-def draw(scene: Scene, keep: torch.Tensor, mass: torch.Tensor, slice_m: int, path: Path, head: int = 0) -> Path:
+def draw(scene: Scene, keep: torch.Tensor, mass: torch.Tensor, slice_m: int, path: Path) -> Path:
     """Write the PNG ``path``.
 
-    keep: bool (H, blocks, S), the mask with one column per key; mass: fp32 (H, blocks, S), the softmax mass of each
-    slice, averaged over its queries. Both are of slice_n 1.
+    keep: bool (blocks, S), one head's mask with a column per key; mass: fp32 (blocks, S), the share of a query's
+    softmax that falls on each key, averaged over the block. Both on the CPU.
     """
     from matplotlib.figure import Figure
 
-    keep, mass = keep[head].cpu(), mass[head].cpu()
     block = _interesting_block(keep, scene, slice_m)
     figure = Figure(figsize=(12, 5.6), dpi=100, facecolor="white", layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))

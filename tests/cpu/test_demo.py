@@ -2,7 +2,6 @@
 """The demo from photograph to picture, at a size of seconds; and the command line around it."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,24 +17,6 @@ from fgattn_cute.errors import DeviceError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = demo.Size(frames=3, rows=8, columns=12, heads=2)  # 288 tokens: three query blocks, the last one ragged
-
-
-def test_slice_mass_sums_the_softmax_over_each_slice():
-    q, k = torch.randn(2, 1, 300, 2, 64)
-    mass = demo.slice_mass(q, k, 128, demo.Quiet())
-    weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8, dim=-1)
-    expected = torch.stack([weights[:, :, m : m + 128].sum(2) for m in (0, 128, 256)], dim=2)
-    torch.testing.assert_close(mass.double(), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_keep_mass_takes_the_fewest_slices_that_hold_the_share():
-    mass = torch.rand(1, 2, 3, 50).pow(4)
-    keep = demo.keep_mass(mass, 0.9)
-    held = (mass * keep).sum(-1) / mass.sum(-1)
-    assert (held >= 0.9 - 1e-6).all()
-    lightest = torch.where(keep, mass, math.inf).min(-1).values
-    assert ((held - lightest / mass.sum(-1)) < 0.9).all(), "one slice fewer would have been enough"
-    assert (torch.where(keep, 0.0, mass).max(-1).values <= lightest).all(), "a heavier slice was left out"
 
 
 def test_without_a_hopper_the_gpu_is_refused_and_the_emulator_says_why(monkeypatch):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small Hopper GEMM written for the tests: C = A B^T with TMA, an mbarrier ring, WGMMA and a staged TMA store.
 
-It has one of everything that goes wrong in a pipelined kernel, in few lines, so it is also the kernel whose PTX the
-mutation suite breaks. Warps 0-3 consume, warp 4 loads. With `cluster` = 2 the two CTAs of a cluster work on neighbouring
+It has one of everything that goes wrong in a pipelined kernel, in few lines, so the mutation suite breaks its PTX too.
+Warps 0-3 consume, warp 4 loads. With `cluster` = 2 the two CTAs of a cluster work on neighbouring
 row tiles, and rank 0 loads B for both by multicast.
 """
 
@@ -128,12 +128,8 @@ class Gemm:
     @cute.jit
     def produce(self, steps, tma_a, gA, sA, tma_b, gB, sB, full, empty, rank):
         one = cute.make_layout(1)
-        tAs, tAg = cpasync.tma_partition(
-            tma_a, 0, one, cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
-        )
-        tBs, tBg = cpasync.tma_partition(
-            tma_b, 0, one, cute.group_modes(sB, 0, 2), cute.group_modes(gB, 0, 2)
-        )
+        tAs, tAg = cpasync.tma_partition(tma_a, 0, one, cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2))
+        tBs, tBg = cpasync.tma_partition(tma_b, 0, one, cute.group_modes(sB, 0, 2), cute.group_modes(gB, 0, 2))
         nbytes = (TILE_M + TILE_N) * 128
         for i in cutlass.range(steps, unroll=1):
             slot, phase = i % self.stages, i // self.stages % 2
@@ -197,7 +193,7 @@ class Gemm:
 
 
 def compile_gemm(dtype, a_major="k", b_major="k", **options):
-    """Compiled for any M, N, K: `f(a, b, c)` with torch tensors a (M, K), b (N, K) of the given majors and c (M, N) fp16."""
+    """Compiled for any M, N, K: `f(a, b, c)` with tensors a (M, K), b (N, K) of the given majors and c (M, N) fp16."""
 
     def fake(element, major):
         rows, cols = cute.sym_int(), cute.sym_int()

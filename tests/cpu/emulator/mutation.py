@@ -63,7 +63,11 @@ RULES: list[tuple[str, str, str]] = [
     ("drop bar.sync", r"^\s*(bar|barrier)\.sync.*", ""),
     ("drop bar.arrive", r"^\s*(bar|barrier)\.arrive.*", ""),
     ("drop mbarrier arrive", r"^\s*(@%?\w+\s+)?mbarrier\.arrive\.(?!expect).*", ""),
-    ("expect_tx bytes halved", r"(mbarrier\.arrive\.expect_tx\S+\s+\S+\s*\[.*?\],\s*)(%\w+);", r"shr.u32 \2, \2, 1; \g<0>"),
+    (
+        "expect_tx bytes halved",
+        r"(mbarrier\.arrive\.expect_tx\S+\s+\S+\s*\[.*?\],\s*)(%\w+);",
+        r"shr.u32 \2, \2, 1; \g<0>",
+    ),
     ("expect_tx bytes halved", r"(mbarrier\.arrive\.expect_tx\S+\s+\S+\s*\[.*?\],\s*)(\d+);", "halve"),
     ("mbarrier count + 1", r"(mbarrier\.init\S*\s*\[.*?\],\s*)(\d+);", "increment"),
     ("mbarrier count + 1", r"(mbarrier\.init\S*\s*\[.*?\],\s*)(%\w+);", r"add.s32 \2, \2, 1; \g<0> sub.s32 \2, \2, 1;"),
@@ -79,7 +83,11 @@ RULES: list[tuple[str, str, str]] = [
     ("cp.async without zero fill", r"(cp\.async\.c[ag]\.shared\S*\s*\[.*?\],\s*\[.*?\],\s*16),\s*%\w+;", r"\1;"),
     ("drop cp.async.wait_group", r"^\s*cp\.async\.wait_(group|all).*", ""),
     ("drop cp.async.commit_group", r"^\s*cp\.async\.commit_group.*", ""),
-    ("cp.async arrival at once", r"cp\.async\.mbarrier\.arrive\.noinc\S*\s*\[(.*?)\];", r"mbarrier.arrive.shared::cta.b64 _, [\1];"),
+    (
+        "cp.async arrival at once",
+        r"cp\.async\.mbarrier\.arrive\.noinc\S*\s*\[(.*?)\];",
+        r"mbarrier.arrive.shared::cta.b64 _, [\1];",
+    ),
     ("cp.async arrival without noinc", r"cp\.async\.mbarrier\.arrive\.noinc", "cp.async.mbarrier.arrive"),
     ("drop global store", r"^\s*(@%?\w+\s+)?st\.global.*", ""),
     ("global store 64 KiB further", r"(st\.global\S*\s*\[%\w+)(\+\d+)?\]", r"\1+65536]"),
@@ -131,9 +139,9 @@ def _change(pattern: str, replacement: str, line: str) -> str | None:
 def _flip_parity(line: str) -> str:
     m = _WAIT.search(line)
     parity, *rest = [x.strip() for x in m[3].split(",")]
-    flipped = f"{{.reg .b32 flipped; xor.b32 flipped, {parity}, 1; "
-    call = m[0].replace(m[3], ", ".join(["flipped", *rest]))
-    return line[: m.start()] + flipped + call + "}" + line[m.end() :]
+    head = m[0][: m[0].index("[")]  # instruction and destination
+    call = f"{head}{m[2]}, {', '.join(['flipped', *rest])};"
+    return line[: m.start()] + f"{{.reg .b32 flipped; xor.b32 flipped, {parity}, 1; {call}}}" + line[m.end() :]
 
 
 def _wait_sites(lines: list[str]) -> list[list[int]]:
@@ -228,6 +236,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only subjects whose name contains this")
     parser.add_argument("--schedules", type=int, default=10)
     options = parser.parse_args()
+    emulator.prepare()
     seeds = emulator.schedules(options.schedules)
     everything = []
     for name, make in SUBJECTS.items():

@@ -84,7 +84,7 @@ def per_thread(op, inputs, out_dtype, *, setup="", block=32, **how):
 
 
 def fill_shared(nbytes, source="a0", at=0, threads=128):
-    """PTX: all threads copy `nbytes` bytes of global memory to shared memory, then fence for the async proxy and sync."""
+    """PTX: all threads copy `nbytes` bytes of global to shared memory, then fence for the async proxy and sync."""
     return f"""
 mov.u32 %r590, tid;
 FILL{at}: setp.ge.u32 %p60, %r590, {nbytes // 4}; @%p60 bra FILLED{at};

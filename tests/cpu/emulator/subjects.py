@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels that the mutation suite breaks: the tests' own GEMM in two forms, and the product's forward kernel."""
 
+import contextlib
+
 import torch
 
 import fgattn_cute as fg
 from tests.cpu.emulator.mutation import Subject
+
+
+@contextlib.contextmanager
+def nan_filled_memory():
+    """`torch.empty` gives NaN: outputs that the product allocates cannot hold the last run's right result."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def gemm(name, **options):
@@ -26,21 +38,32 @@ def gemm(name, **options):
     return Subject(name, "Gemm", run, 0.0)
 
 
-def forward(name, density=0.5, seqlens=(192, 700), heads=1, head_dim=64, **fields):
-    """fg.attention on random lists, against the fp32 oracle."""
+def forward(name, density=0.5, seqlens=(192, 1000), heads=1, head_dim=64, tile_n=64, **fields):
+    """fg.attention on random lists, against the fp32 oracle.
+
+    Keys that a head keeps nowhere are NaN in K and V, key 0 among them (the id that pads lists): what the kernel must
+    not use shows if it is used. Lists are six tiles long, so that every slot of every ring is used again. The bound on
+    the logits does away with the redo pass, which would repair what a broken fixed-reference kernel gets wrong.
+    """
     from fgattn_cute.kernels.spec import FwdSpec
 
-    spec = FwdSpec(head_dim=head_dim, **fields)
+    spec = FwdSpec(head_dim=head_dim, tile_n=tile_n, **fields)
     sq, sk = seqlens
     q, k, v = (torch.randn(1, n, heads, head_dim).to(torch.bfloat16) for n in (sq, sk, sk))
-    blocks = -(-sq // spec.tile_m)
-    keep = torch.rand(1, heads, blocks, sk) < density
-    mask = fg.SliceMask.from_dense(keep, slice_m=spec.tile_m, slice_n=1, seqlen_q=sq, seqlen_k=sk)
+    slice_m = 48 if spec.partial_rows else spec.tile_m
+    allowed = torch.rand(1, heads, 1, sk) < 0.8
+    allowed[..., 0] = False
+    keep = (torch.rand(1, heads, -(-sq // slice_m), sk) < density) & allowed
+    mask = fg.SliceMask.from_dense(keep, slice_m=slice_m, slice_n=1, seqlen_q=sq, seqlen_k=sk)
     plan = fg.Plan.from_mask(mask)
     want, want_lse = fg.reference.attention(q, k, v, plan, return_lse=True)
+    used = keep.any(2).transpose(1, 2)[..., None]
+    k, v = (torch.where(used, x, float("nan")) for x in (k, v))
 
     def run(emu):
-        out, lse = fg.attention(q, k, v, plan, return_lse=True, backend="emulator", spec=spec)
+        options = {"return_lse": True, "backend": "emulator", "spec": spec, "logit_bound": 20.0}
+        with nan_filled_memory():
+            out, lse = fg.attention(q, k, v, plan, **options)
         error = max((out.float() - want.float()).abs().max(), 10 * (lse - want_lse).abs().max())
         return float(error.nan_to_num(float("inf")))
 
@@ -56,6 +79,6 @@ SUBJECTS = {
         "fixed_ref", scheduler="persistent", ping_pong=True, q_source="registers", heads=2
     ),
     "forward, consumer's fence, rows stored one by one": lambda: forward(
-        "rows", softmax="exact", tile_m=64, proxy_fence="consumer", partial_rows=True, seqlens=(176, 700)
+        "rows", softmax="exact", tile_m=64, proxy_fence="consumer", partial_rows=True, seqlens=(176, 1000)
     ),
 }

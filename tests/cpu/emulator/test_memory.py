@@ -32,7 +32,8 @@ def test_narrow_and_wide_types_extend_as_named():
         run(body + "add.s64 %d2, %d2, a1; st.global.b32 [%d2], %r1;", [bytes_, out], block=32)
         assert torch.equal(out, want), kind
     wide, out = torch.arange(32, dtype=torch.int64) << 33, torch.zeros(32, dtype=torch.int64)
-    body = "mul.wide.u32 %d1, tid, 8; add.s64 %d2, %d1, a0; add.s64 %d3, %d1, a1; ld.global.b64 %d4, [%d2]; st.global.b64 [%d3], %d4;"
+    body = """mul.wide.u32 %d1, tid, 8; add.s64 %d2, %d1, a0; add.s64 %d3, %d1, a1;
+ld.global.b64 %d4, [%d2]; st.global.b64 [%d3], %d4;"""
     run(body, [wide, out], block=32)
     assert torch.equal(wide, out)
 

@@ -14,7 +14,7 @@ BARRIER = "%r30"
 
 
 def load_and_store(rank, nbytes, coordinates, load="", store=""):
-    """PTX: one thread loads a box into shared memory, waits, and stores it through another map; then smem is drained."""
+    """PTX: one thread loads a box, waits, and stores it through another map; then all drain shared memory."""
     regs = ", ".join(f"%r{10 + i}" for i in range(rank))
     return (
         "".join(f"mov.b32 %r{10 + i}, {x};" for i, x in enumerate(coordinates))
@@ -22,7 +22,8 @@ def load_and_store(rank, nbytes, coordinates, load="", store=""):
 add.s32 {BARRIER}, smem, 32768; setp.ne.u32 %p1, tid, 0; @%p1 bra MEET;
 mbarrier.init.shared::cta.b64 [{BARRIER}], 1; fence.mbarrier_init.release.cluster;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [{BARRIER}], {nbytes};
-cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{load} [smem], [a0, {{{regs}}}], [{BARRIER}];
+cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{load}
+  [smem], [a0, {{{regs}}}], [{BARRIER}];
 MEET: bar.sync 0;
 WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [{BARRIER}], 0; @!%p2 bra WAIT;
 @%p1 bra STORED; {store or f"cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group"} [a1, {{{regs}}}], [smem];

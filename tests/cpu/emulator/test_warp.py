@@ -96,7 +96,8 @@ MEET: shfl.sync.bfly.b32 $0, $1, 16, 31, -1"""
 
 
 def test_a_lane_that_never_arrives_is_a_deadlock():
-    body = "setp.eq.u32 %p1, lane, 3; @%p1 bra AROUND; shfl.sync.bfly.b32 %r1, lane, 1, 31, -1; bar.sync 0; AROUND: bar.sync 1;"
+    body = """setp.eq.u32 %p1, lane, 3; @%p1 bra AROUND; shfl.sync.bfly.b32 %r1, lane, 1, 31, -1; bar.sync 0;
+AROUND: bar.sync 1;"""
     fault("deadlock", body, block=32)
 
 

@@ -27,7 +27,7 @@ def offsets(major, rows, mode):
 
 
 def descriptor(register, at, lbo, sbo, mode):
-    """PTX ISA 9.7.15.5.1 (matrix descriptor): start, leading and stride offset in units of 16 bytes, swizzle in 62-63."""
+    """PTX ISA 9.7.15.5.1 (matrix descriptor): start, leading and stride offset over 16, swizzle in bits 62-63."""
     constant = (lbo >> 4) << 16 | (sbo >> 4) << 32 | mode << 62
     return (
         f"add.s32 %r520, smem, {at}; and.b32 %r520, %r520, 0x3ffff; shr.u32 %r520, %r520, 4;"
@@ -72,8 +72,9 @@ def multiply(
     body += "".join(f"ld.global.b32 %r{i}, [%d21+{4 * i}];" for i in range(regs))
     body += "".join(f"ld.global.b32 %r{530 + i}, [%d23+{4 * i}];" for i in range(4))
     body += descriptor("%d10", 0, la, sa, mode) + descriptor("%d11", B_AT, lb, sb, mode)
+    shape = f"m64n{n}k{k}.{'f16' if out_f16 else 'f32'}.{kind}.{kind}"
     body += f"""wgmma.fence.sync.aligned; setp.eq.u32 %p1, 0, {int(not accumulate)};
-wgmma.mma_async.sync.aligned.m64n{n}k{k}.{"f16" if out_f16 else "f32"}.{kind}.{kind} {{{d}}}, {source}, %d11, %p1{scale};
+wgmma.mma_async.sync.aligned.{shape} {{{d}}}, {source}, %d11, %p1{scale};
 wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;\n"""
     body += "".join(f"st.global.b32 [%d22+{4 * i}], %r{i};" for i in range(regs))
     run(body, [image, out, c_in, a_regs], seed=seed)

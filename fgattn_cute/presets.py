@@ -187,8 +187,8 @@ class Preset:
         """The entry that asks for nothing."""
         return self.when == When()
 
-    def spec(self, *, dtype: str, head_dim: int, slice_n: int = 1, partial_rows: bool = False) -> FwdSpec:
-        return FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, partial_rows=partial_rows, **self.fields)
+    def spec(self, *, dtype: str, head_dim: int, slice_n: int = 1) -> FwdSpec:
+        return FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, **self.fields)
 
     def specs(self):
         """The preset's kernels with slice_n = 1: one for each dtype and head dim that it takes."""

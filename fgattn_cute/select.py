@@ -56,8 +56,8 @@ def select(problem: Problem, gpu: Gpu, spec: FwdSpec | str | None = None) -> Cho
     Args:
         problem: as ``checks.check`` returns it.
         gpu: whose presets are asked.
-        spec: a FwdSpec or the id of a preset, to be used without a choice. What belongs to the plan (slice_n,
-            partial_rows) is set from the problem.
+        spec: a FwdSpec or the id of a preset, to be used without a choice. What belongs to the plan (slice_n)
+            is set from the problem.
 
     Raises:
         UnsupportedError: the GPU or the explicit spec cannot run; the message lists every reason.
@@ -130,7 +130,7 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
         last += [("fallback", file, p) for p in taking if p.is_fallback]
     ranked = []
     for source, file, preset in meant + able + last:
-        spec = preset.spec(**facts, partial_rows=m % 64 != 0)
+        spec = preset.spec(**facts)
         rows = rows_computed(spec.tile_m, m)
         rows_text = f"{rows} rows computed for {m}" if rows != m else f"{m} rows, none idle"
         if source == "fallback":
@@ -152,7 +152,7 @@ def _wanted(problem: Problem) -> str:
 
 
 def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:
-    facts = {"slice_n": problem.slice_n, "partial_rows": problem.slice_m % 64 != 0}
+    facts = {"slice_n": problem.slice_n}
     preset_id = None
     if isinstance(spec, str):
         preset_id, spec = spec, _by_id(problem, gpu, spec)

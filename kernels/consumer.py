@@ -23,7 +23,7 @@ class Consumer:
                 tiles, items = self.take(index, tiles, items)
                 step += 1
                 index = self.scheduler.item_index(step)
-            self.epilogue.drain()
+            self.epilogue.wait_stored()
 
     @cute.jit
     def take(self, index: Int32, tiles: Int32, items: Int32):

@@ -21,8 +21,8 @@ from .mainloop import Mainloop
 from .ptx import exit_if_zero
 from .schedule import make_pipes
 from .scheduler import Scheduler
-from .smem import element_type, operand_layouts, storage_struct
-from .spec import ELEMENT_BYTES, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+from .smem import element_type, operand_layouts, operand_tile, storage_struct
+from .spec import ELEMENT_BYTES, WARP_ROWS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)
 
@@ -81,18 +81,20 @@ class FgAttnForwardSm90:
             (WGMMA_ROWS, spec.head_dim),
             a_source=warpgroup.OperandSource.RMEM,
         )
-        slab = cute.select(layouts.q, mode=[0, 1])
-        box = (WGMMA_ROWS, spec.head_dim)
-        tma_q, mQ_tma = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), mQ, slab, box)
-        tma_o, mO_tma = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), mO, slab, box)
+        slab, rows = (operand_tile(spec, n) for n in (WGMMA_ROWS, WARP_ROWS))
+        tma_q, mQ = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(), mQ, slab, (WGMMA_ROWS, spec.head_dim)
+        )
+        tma_o, mO = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), mO, rows, (WARP_ROWS, spec.head_dim)
+        )
         self.Storage = storage_struct(spec, layouts)
         # min_blocks_per_mp > 1 makes the compiler ask the driver for the carve-out unless it is given.
         carveout = {"preferred_smem_carveout": 100} if spec.ctas_per_sm > 1 else {}
         self.kernel(
             tma_q,
-            mQ_tma,
+            mQ,
             tma_o,
-            mO_tma,
             mO,
             mK,
             mV,
@@ -124,7 +126,6 @@ class FgAttnForwardSm90:
         tma_q: cute.CopyAtom,
         mQ: cute.Tensor,
         tma_o: cute.CopyAtom,
-        mO_tma: cute.Tensor,
         mO: cute.Tensor,
         mK: cute.Tensor,
         mV: cute.Tensor,
@@ -179,7 +180,7 @@ class FgAttnForwardSm90:
             warpgroup_index = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
             wg_thread = thread % WARPGROUP_THREADS
             mainloop = Mainloop(spec, mma_qk, mma_pv, sQ, sK, sV, pipes, wg_thread, warpgroup_index, scale_log2)
-            epilogue = Epilogue(spec, tma_o, mO, mO_tma, mLSE, sO, mma_pv, wg_thread, warpgroup_index)
+            epilogue = Epilogue(spec, tma_o, mO, mLSE, sO, mma_pv, wg_thread, warpgroup_index)
             Consumer(spec, scheduler, mainloop, epilogue).run()
 
     @cute.jit

@@ -14,7 +14,6 @@
                  proxy fence, 128 arrivals
 
       consumer warpgroup g --ORDER--> g+1 --> ... --> g        tensor cores handed round (ping_pong)
-      consumer warpgroup: EPILOGUE                              O slab written before its TMA store
 
 K and V have barriers of their own, so that K of tile i+1 can land before V of tile i has been consumed.
 """
@@ -31,10 +30,9 @@ from .spec import WARPGROUP_THREADS
 
 
 class NamedBarrier(enum.IntEnum):
-    """Hardware barrier ids; 0 is ``__syncthreads``. One id per consumer warpgroup from each base on."""
+    """Hardware barrier ids; 0 is ``__syncthreads``. ORDER: one id per consumer warpgroup from here on."""
 
-    EPILOGUE = 1
-    ORDER = 4
+    ORDER = 1
 
 
 class Edge(NamedTuple):

@@ -26,17 +26,23 @@ class OperandLayouts(NamedTuple):
     kv: cute.ComposedLayout
 
 
-def operand_layouts(spec) -> OperandLayouts:
-    dtype = element_type(spec)
+def swizzle_atom(spec):
+    kind = sm90_utils.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, element_type(spec), spec.head_dim)
+    return warpgroup.make_smem_layout_atom(kind, element_type(spec))
 
-    def layout(rows, stages):
-        kind = sm90_utils.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, spec.head_dim)
-        atom = warpgroup.make_smem_layout_atom(kind, dtype)
-        return cute.tile_to_shape(atom, (rows, spec.head_dim, stages), order=(0, 1, 2))
+
+def operand_tile(spec, rows: int) -> cute.ComposedLayout:
+    """Swizzled layout (rows, D) of one operand tile, D contiguous."""
+    return cute.tile_to_shape(swizzle_atom(spec), (rows, spec.head_dim), order=(0, 1))
+
+
+def operand_layouts(spec) -> OperandLayouts:
+    def staged(rows, stages):
+        return cute.tile_to_shape(swizzle_atom(spec), (rows, spec.head_dim, stages), order=(0, 1, 2))
 
     return OperandLayouts(
-        q=layout(WGMMA_ROWS, spec.consumer_warpgroups),
-        kv=layout(spec.tile_n, spec.kv_stages),
+        q=staged(WGMMA_ROWS, spec.consumer_warpgroups),
+        kv=staged(spec.tile_n, spec.kv_stages),
     )
 
 

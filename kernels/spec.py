@@ -21,6 +21,7 @@ SMEM_RESERVED_PER_CTA_BYTES = 1024
 REGISTERS_PER_SM = 65_536
 WARPGROUP_THREADS = 128
 WGMMA_ROWS = 64  # rows of one warpgroup's WGMMA
+WARP_ROWS = 16  # of which each warp owns a quarter
 MAX_TILE_N = 256  # WGMMA's largest N
 ELEMENT_BYTES = 2
 # Live registers of a consumer thread besides S, P, O and Q: addresses, row state, loop counters. Chosen so that every
@@ -51,7 +52,6 @@ class FwdSpec:
     ping_pong: consumer warpgroups hand the tensor cores over through named barriers.
     proxy_fence: which role orders the generic-proxy writes of cp.async before the async-proxy reads of WGMMA.
     consumer_registers, producer_registers: setmaxnreg targets; None takes the measured default of the warp layout.
-    partial_rows: the mask's slice_m is not a multiple of 64, so rows are stored one by one instead of by TMA.
     redo: second pass after a fixed_ref launch: recomputes only blocks whose LSE is +inf or NaN, with exact softmax.
     """
 
@@ -69,7 +69,6 @@ class FwdSpec:
     proxy_fence: str = "producer"
     consumer_registers: Optional[int] = None
     producer_registers: Optional[int] = None
-    partial_rows: bool = False
     redo: bool = False
 
     def __post_init__(self):
@@ -228,5 +227,5 @@ class FwdSpec:
         ]
         parts += ["qreg"] * (self.q_source == "registers") + ["pers"] * (self.scheduler == "persistent")
         parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
-        parts += ["cfence"] * (self.proxy_fence == "consumer") + ["rows"] * self.partial_rows + ["redo"] * self.redo
+        parts += ["cfence"] * (self.proxy_fence == "consumer") + ["redo"] * self.redo
         return "_".join(parts)

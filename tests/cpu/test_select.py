@@ -61,7 +61,6 @@ def problem(slice_m=128, head_dim=128, dtype=torch.bfloat16, slice_n=1, seqlen=1
 def test_slice_m_picks_the_tile(slice_m, preset_id):
     choice = select(problem(slice_m), H200)
     assert (choice.source, choice.preset_id) == ("preset", preset_id)
-    assert choice.spec.partial_rows == (slice_m % 64 != 0)
     assert choice.spec.reasons() == []
     assert "configs/h200.yaml" in choice.why and str(slice_m) in choice.why
 
@@ -89,7 +88,7 @@ def test_explicit_spec_gets_what_belongs_to_the_plan():
     asked = FwdSpec(head_dim=128, tile_m=64, tile_n=64)
     choice = select(problem(48, slice_n=5), H200, asked)
     assert (choice.source, choice.preset_id) == ("explicit", None)
-    assert (choice.spec.tile_n, choice.spec.slice_n, choice.spec.partial_rows) == (64, 5, True)
+    assert (choice.spec.tile_n, choice.spec.slice_n) == (64, 5)
 
 
 def test_explicit_preset_by_id():

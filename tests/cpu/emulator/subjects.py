@@ -38,7 +38,7 @@ def gemm(name, **options):
     return Subject(name, "Gemm", run, 0.0)
 
 
-def forward(name, density=0.5, seqlens=(192, 1000), heads=1, head_dim=64, tile_n=64, **fields):
+def forward(name, density=0.5, seqlens=(192, 1000), heads=1, head_dim=64, tile_n=64, slice_m=None, **fields):
     """fg.attention on random lists, against the fp32 oracle.
 
     Keys that a head keeps nowhere are NaN in K and V, key 0 among them (the id that pads lists): what the kernel must
@@ -50,7 +50,7 @@ def forward(name, density=0.5, seqlens=(192, 1000), heads=1, head_dim=64, tile_n
     spec = FwdSpec(head_dim=head_dim, tile_n=tile_n, **fields)
     sq, sk = seqlens
     q, k, v = (torch.randn(1, n, heads, head_dim).to(torch.bfloat16) for n in (sq, sk, sk))
-    slice_m = 48 if spec.partial_rows else spec.tile_m
+    slice_m = slice_m or spec.tile_m
     allowed = torch.rand(1, heads, 1, sk) < 0.8
     allowed[..., 0] = False
     keep = (torch.rand(1, heads, -(-sq // slice_m), sk) < density) & allowed
@@ -78,7 +78,7 @@ SUBJECTS = {
     "forward, fixed reference, persistent, ping-pong": lambda: forward(
         "fixed_ref", scheduler="persistent", ping_pong=True, q_source="registers", heads=2
     ),
-    "forward, consumer's fence, rows stored one by one": lambda: forward(
-        "rows", softmax="exact", tile_m=64, proxy_fence="consumer", partial_rows=True, seqlens=(176, 1000)
+    "forward, consumer's fence, blocks of 48 queries": lambda: forward(
+        "rows", softmax="exact", tile_m=64, proxy_fence="consumer", slice_m=48, seqlens=(176, 1000)
     ),
 }

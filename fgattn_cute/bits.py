@@ -16,6 +16,10 @@ def num_words(columns: int) -> int:
     return -(-columns // WORD_BITS)
 
 
+def _octet(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
 def pack(keep: torch.Tensor) -> torch.Tensor:
     """bool (..., columns) -> int32 (..., words); bits past the last column are zero."""
     columns = keep.shape[-1]
@@ -23,7 +27,7 @@ def pack(keep: torch.Tensor) -> torch.Tensor:
     if width != columns:
         keep = torch.nn.functional.pad(keep, (0, width - columns))
     # Bytes first: a uint8 sum is exact, and four bytes read as one little-endian int32 word on every supported device.
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
+    weights = torch.ones(8, dtype=torch.uint8, device=keep.device) << _octet(keep.device)
     grouped = keep.to(torch.uint8).reshape(*keep.shape[:-1], width // 8, 8)
     packed = (grouped * weights).sum(-1, dtype=torch.uint8)
     return packed.contiguous().view(torch.int32)
@@ -31,9 +35,8 @@ def pack(keep: torch.Tensor) -> torch.Tensor:
 
 def unpack(words: torch.Tensor, columns: int) -> torch.Tensor:
     """int32 (..., words) -> bool (..., columns)."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
     octets = words.contiguous().view(torch.uint8)
-    wide = (octets.unsqueeze(-1) >> shifts) & 1
+    wide = (octets.unsqueeze(-1) >> _octet(words.device)) & 1
     return wide.reshape(*words.shape[:-1], words.shape[-1] * WORD_BITS)[..., :columns].bool()
 
 

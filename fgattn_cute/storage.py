@@ -30,6 +30,16 @@ def save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], geometry
     _safetensors().torch.save_file(contiguous, str(path), metadata=metadata)
 
 
+def kind_of(path: str | Path) -> str | None:
+    """What ``save`` wrote, "mask" or "plan"; None for anything else."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("fgattn")
+    except safetensors.SafetensorError:
+        return None
+
+
 def load(path: str | Path, kind: str, names: tuple[str, ...], error: type) -> tuple[dict, dict]:
     """Reads what ``save`` wrote: (tensors on the CPU, geometry). Raises ``error`` for anything else."""
     safetensors = _safetensors()

@@ -151,13 +151,13 @@ def _budget(q, k, lse, select: Budget, options: dict) -> torch.Tensor:
 
 def _pool(x: torch.Tensor, block: int) -> torch.Tensor:
     """Means over blocks of tokens: (batch, seqlen, heads, head_dim) -> fp32 (batch, blocks, heads, head_dim)."""
-    batch, seqlen, heads, head_dim = x.shape
     if block == 1:
         return x
-    blocks = blocks_of(seqlen, block)
-    index = torch.arange(seqlen, device=x.device) // block
-    sums = torch.zeros(batch, blocks, heads, head_dim, device=x.device).index_add_(1, index, x.float())
-    return sums / block_rows(seqlen, block, x.device).view(1, -1, 1, 1)
+    whole = x.shape[1] // block * block
+    means = [x[:, :whole].unflatten(1, (-1, block)).mean(2, dtype=torch.float32)] if whole else []
+    if whole < x.shape[1]:
+        means.append(x[:, whole:].mean(1, keepdim=True, dtype=torch.float32))
+    return torch.cat(means, 1)
 
 
 def _check(q, k, lse, slice_m, slice_n, select, statistic, layout) -> None:

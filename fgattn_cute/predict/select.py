@@ -35,9 +35,9 @@ class _Rule:
         """fp32 (heads,) on the device."""
         if len(self.values) not in (1, heads):
             raise InputError(f"{type(self).__name__} holds {len(self.values)} values, q has {heads} heads")
-        if len(self.values) == 1:
-            return torch.full((heads,), self.values[0], dtype=torch.float32, device=device)
-        return torch.tensor(self.values, dtype=torch.float32, device=device)
+        # Filled on the device: a tensor made from a Python list is copied to it with a synchronisation.
+        own = [torch.full((1,), value, dtype=torch.float32, device=device) for value in self.values]
+        return torch.cat(own).expand(heads)
 
     def of_head(self, head: int):
         return self.values[0] if len(self.values) == 1 else self.values[head]
@@ -116,7 +116,7 @@ def _quantile(scores: torch.Tensor, share: float) -> torch.Tensor:
     """The value that ``share`` of the scores reach."""
     kept = round(share * scores.numel())
     if kept == 0:
-        return scores.new_tensor(float("inf"))
+        return scores.new_full((), float("inf"))
     value = scores.kthvalue(scores.numel() - kept + 1).values
     # Scores that underflowed to 0 are many and equal: a threshold of 0 would keep them all.
     return value.clamp(min=torch.finfo(torch.float32).tiny)

@@ -54,7 +54,7 @@ def fgattn_process(*arguments, **environment) -> subprocess.CompletedProcess:
 def test_without_a_command_it_lists_them():
     done = fgattn()
     assert "Usage" in done.stdout + done.stderr
-    for command in ("demo", "doctor", "explain", "presets", "cache"):
+    for command in ("demo", "doctor", "explain", "presets", "cache", "mask"):
         assert command in done.stdout + done.stderr
 
 
@@ -159,3 +159,69 @@ def test_cache_info_prune_and_clear(tmp_path):
     assert not (folder / "old.o").exists() and (folder / "current.o").exists()
     assert fgattn("cache", "clear", **place).stdout == "removed 1 kernels\n"
     assert not list(folder.iterdir())
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def mask_file(tmp_path):
+    import torch
+
+    pytest.importorskip("safetensors")
+    from fgattn_cute import Plan, SliceMask
+
+    keep = torch.arange(30).view(1, 1, 3, 10) % 3 == 0
+    mask = SliceMask.from_dense(keep, slice_m=16, slice_n=4, seqlen_q=48, seqlen_k=40)
+    mask.save(tmp_path / "mask.safetensors")
+    Plan.from_mask(mask).save(tmp_path / "plan.safetensors")
+    return tmp_path / "mask.safetensors"
+
+
+def test_mask_stats_of_a_mask_and_of_its_plan(mask_file):
+    facts = json.loads(fgattn("mask", "stats", mask_file, "--json").stdout)
+    assert facts["density"] == pytest.approx(1 / 3) and facts["slices"] == "16 x 4" and facts["bytes_as_bits"] == 12
+    assert json.loads(fgattn("mask", "stats", mask_file.with_name("plan.safetensors"), "--json").stdout) == facts
+    text = fgattn("mask", "stats", mask_file).stdout
+    assert "density             0.3333" in text
+
+
+def test_mask_plot_writes_a_picture(mask_file):
+    pytest.importorskip("matplotlib")
+    done = fgattn("mask", "plot", mask_file)
+    assert done.returncode == 0 and mask_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert fgattn("mask", "plot", mask_file, "--head", "0", "--out", mask_file.with_name("a.svg")).returncode == 0
+    assert b"<svg" in mask_file.with_name("a.svg").read_bytes()
+
+
+def test_mask_commands_refuse_other_files(tmp_path):
+    (tmp_path / "noise").write_text("no tensors here")
+    done = fgattn("mask", "stats", tmp_path / "noise")
+    assert done.returncode == 1 and "MaskError" in done.stderr and "is not a safetensors file" in done.stderr
+    assert fgattn("mask", "stats", tmp_path / "absent").returncode == 2
+
+
+def test_mask_stats_and_plot(tmp_path):
+    pytest.importorskip("safetensors", reason="masks are stored as safetensors")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    import torch
+
+    from fgattn_cute.mask import SliceMask
+
+    keep = torch.zeros(1, 2, 4, 100, dtype=torch.bool)
+    keep[0, 0, :, :30] = True
+    keep[0, 1, :2, :] = True
+    SliceMask.from_dense(keep, slice_m=64, slice_n=1, seqlen_q=256, seqlen_k=100).save(tmp_path / "mask.safetensors")
+    facts = json.loads(fgattn("mask", "stats", tmp_path / "mask.safetensors", "--json").stdout)
+    assert facts["density"] == pytest.approx((0.3 + 0.5) / 2)
+    assert facts["empty_blocks"] == 2 and facts["full_blocks"] == 2
+    assert "64 x 1" in fgattn("mask", "stats", tmp_path / "mask.safetensors").stdout
+    done = fgattn("mask", "plot", tmp_path / "mask.safetensors", "--head", 1)
+    assert done.stdout.strip() == str(tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mask_files_that_are_not_are_refused(tmp_path):
+    pytest.importorskip("safetensors", reason="masks are stored as safetensors")
+    assert fgattn("mask", "stats", tmp_path / "absent").returncode == 2
+    (tmp_path / "text").write_text("no tensors here")
+    done = fgattn("mask", "stats", tmp_path / "text")
+    assert done.returncode == 1 and "MaskError" in done.stderr and "Traceback" not in done.stderr

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from .machine import Finding, LaunchResult
 
 
+_SHOWN = 12  # findings per launch in the text table; the data has them all
+
+
 def kind_of(finding: Finding) -> str:
     """The kind of a finding as the name used everywhere outside the machine, e.g. "uninit_shared"."""
     return finding.kind if isinstance(finding.kind, str) else finding.kind.name.lower()
@@ -26,8 +29,14 @@ def describe(finding: Finding) -> str:
         where.append(f"address {finding.address:#x}")
     if finding.count > 1:
         where.append(f"{finding.count} times")
-    at = f"\n  at PTX line {finding.line}: {finding.text.strip()}" if finding.line is not None else ""
+    at = f"\n  at PTX line {finding.line}: {shortened(finding.text)}" if finding.line is not None else ""
     return f"{kind_of(finding)}: {finding.message}{at}\n  {', '.join(where)}"
+
+
+def shortened(instruction: str, width: int = 110) -> str:
+    """One line of PTX, cut to `width` characters (a WGMMA names up to 128 registers)."""
+    text = " ".join(instruction.split())
+    return text if len(text) <= width else text[: width - 4] + " ..."
 
 
 @dataclass(frozen=True)
@@ -141,5 +150,7 @@ def _table(launch: Launch) -> str:
     for row in [head, *rows]:
         cells = (cell.rjust(w) for cell, w in zip(row[1:], width[1:], strict=True))
         lines.append("  ".join(["  " + row[0].ljust(width[0]), *cells]))
-    lines += ["  " + describe(f).replace("\n", "\n  ") for f in launch.findings]
+    lines += ["  " + describe(f).replace("\n", "\n  ") for f in launch.findings[:_SHOWN]]
+    if len(launch.findings) > _SHOWN:
+        lines.append(f"  and {len(launch.findings) - _SHOWN} findings more")
     return "\n".join(lines)

@@ -37,14 +37,12 @@ class CubinFacts:
     kernel: its symbol.
     registers: per thread at launch (setmaxnreg changes it later).
     stack_bytes: local memory of a thread, 0 without spills or local arrays.
-    static_smem_bytes: declared in the kernel; dynamic shared memory comes with the launch.
     code_bytes: machine code.
     """
 
     kernel: str
     registers: int
     stack_bytes: int
-    static_smem_bytes: int
     code_bytes: int
 
 
@@ -66,7 +64,6 @@ def facts(cubin: bytes) -> CubinFacts:
         kernel=kernel,
         registers=values["registers"],
         stack_bytes=values.get("stack_bytes", 0),
-        static_smem_bytes=_size_of(cubin, f".nv.shared.{kernel}"),
         code_bytes=len(found[f".text.{kernel}"]),
     )
 
@@ -96,7 +93,7 @@ def nvdisasm() -> str | None:
     return shutil.which("nvdisasm")
 
 
-_INSTRUCTION = re.compile(r"^\s*/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]*)")
+_INSTRUCTION = re.compile(r"^\s*/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?(?P<opcode>[A-Z][A-Za-z0-9_.]*)")
 
 
 def opcodes(cubin: bytes) -> list[str]:
@@ -146,10 +143,6 @@ def _headers(elf: bytes):
 
 def _sections(elf: bytes) -> dict[str, bytes]:
     return {name: elf[offset : offset + size] for name, _, offset, size in _headers(elf)}
-
-
-def _size_of(elf: bytes, section: str) -> int:
-    return next((size for name, _, _, size in _headers(elf) if name == section), 0)
 
 
 def _info(section: bytes) -> dict[str, int]:

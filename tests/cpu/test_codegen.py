@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler made of every preset: no GPU needed, a spill or a serialised WGMMA never gets through.
+
+A tile of keys is handled at three places of the code: the first tile, the steady loop and the list's partial tile.
+"""
+
+import dataclasses
+import functools
+import re
+
+import pytest
+
+from fgattn_cute import compile as compiler
+from fgattn_cute import cubin, presets
+from fgattn_cute.kernels.spec import FwdSpec
+
+pytestmark = pytest.mark.skipif(cubin.nvdisasm() is None, reason="needs nvdisasm (pip install nvidia-cuda-nvdisasm)")
+
+SITES = 3
+WGMMA_K = 16  # elements of the reduction of one WGMMA on 16-bit types
+# wait_group of the first Q K^T, two in the steady loop, two in the partial tile, the last P V.
+WGMMA_WAITS = 1 + 2 + 2 + 1
+
+
+def preset_specs():
+    """Every kernel that a shipped preset asks for, and the redo pass of each, once."""
+    found = {}
+    for stem in presets.builtin_names():
+        for preset in presets.builtin(stem).presets:
+            for spec in preset.specs():
+                found.setdefault(spec, preset.id)
+                if spec.softmax == "fixed_ref":
+                    found.setdefault(spec.redo_spec(), f"{preset.id}-redo")
+    return found
+
+
+def quick(spec, label):
+    """One type per kernel, bf16 where it may be; of the redo passes the flagship head dim."""
+    if label.endswith("-redo"):
+        return spec.head_dim == 128
+    return spec.dtype == ("bf16" if spec.softmax == "fixed_ref" else "fp16")
+
+
+def parameters():
+    for spec, label in preset_specs().items():
+        marks = () if quick(spec, label) else (pytest.mark.slow,)
+        yield pytest.param(spec, id=f"{label}-{spec.dtype}-d{spec.head_dim}", marks=marks)
+
+
+def variants():
+    """Every preset of the H200 with other segments."""
+    for preset in presets.builtin("h200").presets:
+        spec = next(iter(preset.specs()))
+        for slice_n in (2, 3, 8, 128):
+            yield pytest.param(dataclasses.replace(spec, slice_n=slice_n), id=f"{preset.id}-n{slice_n}")
+
+
+@functools.cache
+def inspected(spec):
+    """(facts, opcodes, PTX) of a kernel, compiled once per test run."""
+    artifact = compiler.artifact(spec)
+    image = cubin.from_object(artifact.object_file)
+    return artifact.facts, cubin.opcodes(image), artifact.ptx
+
+
+def expected_instructions(spec):
+    """How often each instruction must stand in the code, from the spec alone."""
+    d_steps, n_steps = spec.head_dim // WGMMA_K, spec.tile_n // WGMMA_K
+    boxes = spec.head_dim * 2 // spec.swizzle_bytes  # a TMA box is one swizzle atom wide
+    lanes = spec.swizzle_bytes // 16
+    copies = spec.tile_n * lanes // 128 * boxes  # 16-byte pieces of a tile over 128 producer threads
+    return {
+        "HGMMA": SITES * (d_steps + n_steps),
+        "WARPGROUP.ARRIVE": 2 * SITES,
+        "WARPGROUP.DEPBAR": WGMMA_WAITS,
+        "LDGSTS": SITES * 2 * copies,
+        "UTMALDG": spec.consumer_warpgroups * boxes,
+        "USETMAXREG": 2,
+        "STL": 0,
+        "LDL": 0,
+        "NANOSLEEP": 0,
+    }
+
+
+def check(spec):
+    facts, instructions, ptx = inspected(spec)
+    expected = expected_instructions(spec)
+    assert {name: cubin.count(instructions, name) for name in expected} == expected
+    assert facts["stack_bytes"] == 0
+
+    # Q K^T multiplies 64 x tile_n x 16, P V 64 x D x 16.
+    shapes = re.findall(r"HGMMA\.64x(\d+)x16", " ".join(instructions))
+    products = [spec.tile_n] * (SITES * spec.head_dim // WGMMA_K) + [spec.head_dim] * (SITES * spec.tile_n // WGMMA_K)
+    assert sorted(map(int, shapes)) == sorted(products)
+
+    # One exponential per score, and a handful per row: rescaling, the sum's reciprocal and logarithm.
+    scores = SITES * spec.tile_n // 2
+    assert scores <= cubin.count(instructions, "MUFU") <= scores + 16
+
+    # Registers: ptxas kept to what the block size allows, and the pool it leaves satisfies setmaxnreg.
+    assert facts["registers"] <= spec.launch_registers
+    pool = facts["registers"] * spec.num_threads
+    assert 128 * (spec.consumer_warpgroups * spec.consumer_registers + spec.producer_registers) <= pool
+    assert pool * spec.ctas_per_sm <= 65536
+    assert re.findall(r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32\s+(\d+);", ptx) == [
+        ("dec", str(spec.producer_registers)),
+        ("inc", str(spec.consumer_registers)),
+    ]
+
+    # Shared memory and block size as the spec says.
+    assert facts["smem_bytes"] == spec.smem_bytes()
+    assert re.search(rf"\.reqntid {spec.num_threads}\b", ptx)
+    resident = re.search(r"\.minnctapersm (\d+)", ptx)
+    assert int(resident[1] if resident else 1) == spec.ctas_per_sm
+
+
+@pytest.mark.parametrize("spec", list(parameters()))
+def test_presets(spec):
+    check(spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", list(variants()))
+def test_other_segments(spec):
+    check(spec)
+
+
+def test_out_leaves_through_tma():
+    spec = FwdSpec(head_dim=128, tile_m=64, tile_n=96, ctas_per_sm=2)
+    assert cubin.count(inspected(spec)[1], "UTMASTG") == 2, "two 64-column boxes"
+
+
+def test_a_spill_is_seen(monkeypatch):
+    """192 rows with tile_n 96 at D = 128 do not fit the registers: what the gates are there to catch."""
+    spec = FwdSpec(head_dim=128, tile_m=192, tile_n=96, ping_pong=True)
+    assert spec.reasons() != []
+    monkeypatch.setattr(FwdSpec, "reasons", lambda self: [])
+    facts, instructions, _ = inspected(spec)
+    assert facts["stack_bytes"] > 0
+    assert cubin.count(instructions, "STL") > 0 and cubin.count(instructions, "LDL") > 0
+    assert cubin.count(instructions, "WARPGROUP.DEPBAR") > WGMMA_WAITS, "ptxas waits after every product"
+    with pytest.raises(AssertionError):
+        check(spec)
+
+
+def test_the_symbol_is_readable():
+    spec = FwdSpec(head_dim=128, tile_m=64, tile_n=96, ctas_per_sm=2)
+    facts, _, ptx = inspected(spec)
+    assert facts["kernel"].startswith(f"fgattn_{spec.name}")
+    assert f".entry {facts['kernel']}(" in ptx and ".target sm_90a" in ptx

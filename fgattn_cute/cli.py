@@ -305,38 +305,6 @@ def _load_mask(file: Path):
     return Plan.load(file).to_mask() if storage.kind_of(file) == "plan" else SliceMask.load(file)
 
 
-mask_app = typer.Typer(help="Masks that SliceMask.save has written.", no_args_is_help=True)
-app.add_typer(mask_app, name="mask")
-MaskFile = Annotated[
-    Path, typer.Argument(metavar="FILE", help="Safetensors file of a mask.", exists=True, dir_okay=False)
-]
-
-
-@mask_app.command("stats")
-def mask_stats(file: MaskFile, as_json: AsJson = False) -> None:
-    """What a mask keeps, how regular it is, and what it costs as bits and as lists."""
-    from fgattn_cute.mask import SliceMask
-
-    facts = SliceMask.load(file).describe()
-    print_json(facts) if as_json else print(facts)
-
-
-@mask_app.command("plot")
-def mask_plot(
-    file: MaskFile,
-    out: Annotated[Path | None, typer.Option(help="Picture to write; by default beside FILE, as PNG.")] = None,
-    head: Annotated[int, typer.Option(min=0)] = 0,
-    batch: Annotated[int, typer.Option(min=0)] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Draw one head of a mask."""
-    from fgattn_cute.mask import SliceMask
-    from fgattn_cute.pictures import plot_mask
-
-    written = plot_mask(SliceMask.load(file), out or file.with_suffix(".png"), batch=batch, head=head)
-    print_json({"picture": str(written)}) if as_json else print(written)
-
-
 @app.command()
 def explain(
     seqlen: Annotated[int, typer.Option(min=1, help="Queries.")] = 32760,

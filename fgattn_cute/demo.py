@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import statistics
 import time
@@ -99,9 +100,12 @@ def run(out_dir: Path, *, backend: str = "auto", size: Size | None = None, progr
 
     backend: "auto" takes the GPU if it is a Hopper and the emulator otherwise; "cuda" and "emulator" insist.
     size: the scene's size; by default what suits the backend.
-    Raises what :func:`fgattn_cute.attention` raises, and DeviceError where the photograph's package is missing.
+    Raises what :func:`fgattn_cute.attention` raises, and DeviceError where a package of the extra `demo` is missing.
     """
     progress = progress or Quiet()
+    missing = [name for name in ("skimage", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DeviceError(f"the demo needs {' and '.join(missing)}: pip install 'fgattn-cute[demo]'")
     backend, machine = pick_backend(backend)
     size = size or (GPU_SIZE if backend == "cuda" else EMULATOR_SIZE)
     device = "cuda" if backend == "cuda" else "cpu"

@@ -13,8 +13,6 @@ import math
 
 import torch
 
-from fgattn_cute.errors import DeviceError
-
 PATCH_PX = 8
 FEATURES = 48  # principal components that are kept of a patch's 192 colour values
 PIXELS_PER_FRAME = 6  # camera pan
@@ -64,12 +62,8 @@ def make_scene(
 
 def load_photo() -> torch.Tensor:
     """uint8 (300, 451, 3): a photograph that lies inside scikit-image's wheel, so nothing is downloaded."""
-    try:
-        from skimage import data
-    except ImportError as missing:
-        raise DeviceError(
-            "the demo's photograph comes with scikit-image, which is not installed: pip install 'fgattn-cute[demo]'"
-        ) from missing
+    from skimage import data
+
     return torch.from_numpy(data.chelsea().copy())
 
 

@@ -197,31 +197,3 @@ def test_mask_commands_refuse_other_files(tmp_path):
     done = fgattn("mask", "stats", tmp_path / "noise")
     assert done.returncode == 1 and "MaskError" in done.stderr and "is not a safetensors file" in done.stderr
     assert fgattn("mask", "stats", tmp_path / "absent").returncode == 2
-
-
-def test_mask_stats_and_plot(tmp_path):
-    pytest.importorskip("safetensors", reason="masks are stored as safetensors")
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    import torch
-
-    from fgattn_cute.mask import SliceMask
-
-    keep = torch.zeros(1, 2, 4, 100, dtype=torch.bool)
-    keep[0, 0, :, :30] = True
-    keep[0, 1, :2, :] = True
-    SliceMask.from_dense(keep, slice_m=64, slice_n=1, seqlen_q=256, seqlen_k=100).save(tmp_path / "mask.safetensors")
-    facts = json.loads(fgattn("mask", "stats", tmp_path / "mask.safetensors", "--json").stdout)
-    assert facts["density"] == pytest.approx((0.3 + 0.5) / 2)
-    assert facts["empty_blocks"] == 2 and facts["full_blocks"] == 2
-    assert "64 x 1" in fgattn("mask", "stats", tmp_path / "mask.safetensors").stdout
-    done = fgattn("mask", "plot", tmp_path / "mask.safetensors", "--head", 1)
-    assert done.stdout.strip() == str(tmp_path / "mask.png")
-    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_mask_files_that_are_not_are_refused(tmp_path):
-    pytest.importorskip("safetensors", reason="masks are stored as safetensors")
-    assert fgattn("mask", "stats", tmp_path / "absent").returncode == 2
-    (tmp_path / "text").write_text("no tensors here")
-    done = fgattn("mask", "stats", tmp_path / "text")
-    assert done.returncode == 1 and "MaskError" in done.stderr and "Traceback" not in done.stderr

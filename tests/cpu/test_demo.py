@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo from photograph to picture, at a size of seconds; and the command line around it."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,6 +25,14 @@ def test_without_a_hopper_the_gpu_is_refused_and_the_emulator_says_why(monkeypat
     assert demo.pick_backend("auto") == ("emulator", "this CPU, because torch sees no CUDA device")
     with pytest.raises(DeviceError, match=r"(?s)no CUDA device.*emulator"):
         demo.pick_backend("cuda")
+
+
+def test_a_missing_package_is_named_before_anything_is_computed(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setattr(demo, "make_scene", lambda **_: pytest.fail("computed before it refused"))
+    with pytest.raises(DeviceError, match=r"needs matplotlib: pip install 'fgattn-cute\[demo\]'"):
+        demo.run(tmp_path)
 
 
 def test_the_whole_demo_on_the_emulator(tmp_path):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from .machine import Finding, LaunchResult
 
-
 _SHOWN = 12  # findings per launch in the text table; the data has them all
 
 

@@ -17,15 +17,21 @@ def code_blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_readme_example_computes_sparse_attention():
-    (example,) = code_blocks(ROOT / "README.md", "python")
-    statements = [line for line in example.splitlines() if line.strip()]
-    assert len(statements) <= 12, "the README promises a short example"
+@pytest.fixture(scope="module")
+def readme_example():
+    """The README's first example: its source, the names it leaves behind and what it prints."""
+    example = code_blocks(ROOT / "README.md", "python")[0]
     scope: dict = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(example, "README.md", "exec"), scope)
+    return example, scope, printed.getvalue()
 
+
+def test_readme_example_computes_sparse_attention(readme_example):
+    example, scope, printed = readme_example
+    statements = [line for line in example.splitlines() if line.strip()]
+    assert len(statements) <= 12, "the README promises a short example"
     import torch
 
     q, k, v, keep, out, lse = (scope[name] for name in ("q", "k", "v", "keep", "out", "lse"))
@@ -36,8 +42,24 @@ def test_readme_example_computes_sparse_attention():
     torch.testing.assert_close(out.double(), expected, atol=5e-3, rtol=1e-2)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-3, rtol=1e-4)
     density = keep.double().mean().item()
-    assert f"density {density:.3f}" in printed.getvalue()
-    assert len(printed.getvalue().splitlines()) >= 2, "explain prints nothing"
+    assert f"density {density:.3f}" in printed
+    assert len(printed.splitlines()) >= 2, "explain prints nothing"
+
+
+def test_readme_mask_examples_find_what_they_say(readme_example):
+    from fgattn_cute import predict
+
+    scope = dict(readme_example[1])
+    printed = io.StringIO()
+    for example in code_blocks(ROOT / "README.md", "python")[1:]:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(example, "README.md", "exec"), scope)
+    found, cheap, always, mask = (scope[name] for name in ("found", "cheap", "always", "mask"))
+    assert predict.recall(found, scope["q"], scope["k"]).min() >= 0.9 - 1e-4
+    assert cheap.density == pytest.approx(0.2, abs=0.02)
+    assert always.to_dense()[..., :16].all() and not always.to_dense()[..., 16:].any()
+    assert mask.to_dense().equal(cheap.to_dense() | always.to_dense())
+    assert "density" in printed.getvalue() and "kept mass" in printed.getvalue()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -82,3 +104,24 @@ def test_no_document_names_a_folder_of_some_machine():
     for path in DOCUMENTS:
         found = re.findall(r"(?<![\w.~])/(?:home|root|tmp|work|Users)/\S*", path.read_text())
         assert not found, f"{path.name}: {found}"
+
+
+def test_commands_in_the_readme_exist():
+    pytest.importorskip("typer", reason="the command line needs the extra cli")
+    from typer.main import get_command
+
+    from fgattn_cute.cli import app
+
+    root = get_command(app)
+    lines = [
+        line.split("#")[0].split() for block in code_blocks(ROOT / "README.md", "bash") for line in block.splitlines()
+    ]
+    calls = [words[1:] for words in lines if words[:1] == ["fgattn"]]
+    assert len(calls) >= 5
+    for words in calls:
+        command = root
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, f"fgattn {' '.join(words)}"
+            command = command.commands[words.pop(0)]
+        options = {name for parameter in command.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options

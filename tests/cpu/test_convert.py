@@ -431,3 +431,53 @@ def test_magi_coarsest_granularity_and_refusals():
     ):
         with pytest.raises(MaskError, match=message):
             convert.from_magi_ranges(*args, **options)
+
+
+# ---- random geometries for the formats whose cases above are fixed --------------------------------------------------
+SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(sum)
+
+
+@FEW
+@given(st.data(), st.sampled_from([(128, 64), (64, 128)]))
+def test_sparge_round_trip(data, block):
+    geometry = data.draw(geometries(max_len=400, slice_ms=block[:1], slice_ns=block[1:]))
+    keep = data.draw(dense_maps(geometry))
+    mask = convert.from_sparge(keep.to(torch.int32), **geometry)
+    assert mask == mask_of(keep, **geometry) and torch.equal(convert.to_sparge(mask).bool(), keep)
+
+
+@FEW
+@given(st.data())
+def test_chipmunk_round_trip(data):
+    geometry = data.draw(geometries(max_len=400, slice_ms=(192,), slice_ns=(1,)))
+    keep = data.draw(dense_maps(geometry))
+    lengths = {name: geometry[name] for name in ("seqlen_q", "seqlen_k")}
+    mask = convert.from_chipmunk(*chipmunk_lists(keep, 1), **lengths)
+    assert mask == mask_of(keep, **geometry)
+    assert convert.from_chipmunk(*convert.to_chipmunk(mask, 1, 112), **lengths) == mask
+
+
+@FEW
+@given(st.data(), SIZES, SIZES)
+def test_variable_blocks_round_trip(data, rows, columns):
+    keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=(n := len(rows) * len(columns)), max_size=n)))
+    keep = keep.view(1, len(rows), len(columns))
+    expected = np.repeat(np.repeat(keep[0].numpy(), rows, 0), columns, 1)
+    mask = convert.from_flashinfer_variable(keep, torch.tensor([rows]), torch.tensor([columns]))
+    assert np.array_equal(mask.to_token_mask()[0, 0].numpy(), expected)
+    clusters = convert.from_svg2(keep[None], torch.tensor([[rows]]), torch.tensor([[columns]]))
+    assert clusters == mask
+    assert convert.from_flashinfer_variable(*convert.to_flashinfer_variable(mask), slice_m=1, slice_n=1) == mask.refine(
+        1, 1
+    )
+    assert convert.from_svg2(*convert.to_svg2(mask), slice_m=1, slice_n=1) == mask.refine(1, 1)
+
+
+@FEW
+@given(st.data(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]))
+def test_flex_round_trip(data, times_m, times_n):
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    geometry = data.draw(geometries(max_len=90, slice_ms=(8, 16), slice_ns=(4, 8)))
+    mask = mask_of(data.draw(dense_maps(geometry)), **geometry)
+    block_mask = convert.to_flex(mask, (times_m * mask.slice_m, times_n * mask.slice_n))
+    assert convert.from_flex(block_mask, slice_m=mask.slice_m, slice_n=mask.slice_n) == mask

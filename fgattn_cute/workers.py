@@ -8,6 +8,7 @@ multiprocessing. The results are found in the cache, by this process as by any o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -70,17 +71,21 @@ def compile_all(
     done = threading.Lock()
 
     def serve():
-        with _Worker() as worker:
-            while True:
-                try:
-                    spec = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                outcome = worker.compile(spec)
-                with done:
-                    outcomes[spec] = outcome
-                    if on_done is not None:
-                        on_done(outcome)
+        worker = None
+        while True:
+            try:
+                spec = waiting.get_nowait()
+            except queue.Empty:
+                break
+            if worker is None or worker.ended:  # one that a kernel has brought down makes way for the next
+                worker = _Worker()
+            outcome = worker.compile(spec)
+            with done:
+                outcomes[spec] = outcome
+                if on_done is not None:
+                    on_done(outcome)
+        if worker is not None:
+            worker.stop()
 
     number = min(processes or settings.compile_workers(), len(wanted))
     threads = [threading.Thread(target=serve, name=f"fgattn-compile-{i}") for i in range(number)]
@@ -94,7 +99,7 @@ def compile_all(
 class _Worker:
     """One process that compiles what it is told: a spec as a line of JSON in, an outcome as a line of JSON out."""
 
-    def __enter__(self) -> _Worker:
+    def __init__(self):
         root = str(Path(__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         # The architecture must be known before the DSL is imported, and no worker may create a CUDA context.
@@ -107,10 +112,11 @@ class _Worker:
         command = [sys.executable, "-m", "fgattn_cute.workers"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, env=environment, **pipes)
-        return self
+        self.ended = False
 
-    def __exit__(self, *_) -> None:
-        self._process.stdin.close()
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -120,14 +126,15 @@ class _Worker:
 
     def compile(self, spec: FwdSpec) -> Outcome:
         started = time.perf_counter()
-        try:
+        line = ""
+        with contextlib.suppress(OSError):
             self._process.stdin.write(json.dumps(dataclasses.asdict(spec)) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
-        except OSError as why:
-            line, lost = "", str(why)
-        else:
-            lost = f"the worker ended with status {self._process.poll()}"
+        if not line:
+            self.ended = True
+            self.stop()
+        lost = f"the compiling process ended with status {self._process.poll()}"
         answer = json.loads(line) if line else {"error": lost, "facts": {}}
         return Outcome(spec, answer["error"], time.perf_counter() - started, answer["facts"])
 

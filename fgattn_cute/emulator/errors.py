@@ -2,8 +2,8 @@
 """What the emulator raises. Every error is an `EmulatorError` with a `kind`, so that a caller can test for a class of
 faults.
 
-Kinds of faults in a kernel are the names of the checks in lower case ("bounds", "race", "uninit_shared", ...), and
-"unsupported" and "limit". Kinds outside a kernel are "setup" and "launch".
+Kinds of faults in a kernel are the keys of `KINDS`, and "trap" for a kernel that stops itself. Kinds outside a kernel
+are "setup" and "launch".
 """
 
 from __future__ import annotations
@@ -62,21 +62,24 @@ class SynchronisationError(EmulatorError):
     """
 
 
-_CLASSES = {
+KINDS: dict[str, type[EmulatorError]] = {
     "unsupported": UnsupportedError,
     "limit": LimitError,
     "bounds": AccessError,
-    "shared": AccessError,
-    "alignment": AccessError,
-    "uninit_register": UninitialisedError,
-    "uninit_shared": UninitialisedError,
-    "uninit_global": UninitialisedError,
-    "unwritten": UninitialisedError,
+    "misaligned": AccessError,
+    "uninitialised": UninitialisedError,
+    "unwritten": UninitialisedError,  # an output, at the end of the session
     "deadlock": DeadlockError,
     "race": RaceError,
+    "barrier": SynchronisationError,
+    "proxy": SynchronisationError,
+    "wgmma": SynchronisationError,
+    "descriptor": SynchronisationError,
+    "registers": SynchronisationError,  # setmaxnreg
+    "exit": SynchronisationError,  # asynchronous work in flight when its warp or CTA ends
 }
 
 
 def violation(kind: str, message: str, findings: tuple = ()) -> EmulatorError:
     """The error for a fault of `kind` in a kernel, as the most specific class."""
-    return _CLASSES.get(kind, SynchronisationError)(message, kind, findings)
+    return KINDS.get(kind, EmulatorError)(message, kind, findings)

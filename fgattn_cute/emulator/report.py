@@ -13,7 +13,7 @@ _SHOWN = 12  # findings per launch in the text table; the data has them all
 
 
 def kind_of(finding: Finding) -> str:
-    """The kind of a finding as the name used everywhere outside the machine, e.g. "uninit_shared"."""
+    """The kind of a finding: a key of `errors.KINDS`."""
     return finding.kind if isinstance(finding.kind, str) else finding.kind.name.lower()
 
 

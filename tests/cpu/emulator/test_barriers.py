@@ -59,18 +59,18 @@ def test_arriving_too_often_is_an_error():
     body = """setp.ne.u32 %p1, tid, 0; @%p1 bra MEET; mbarrier.init.shared::cta.b64 [smem], 1;
 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [smem], 16;
 MEET: bar.sync 0; mbarrier.arrive.shared::cta.b64 _, [smem];"""
-    fault("mbarrier", body)
+    fault("barrier", body)
 
 
 def test_a_barrier_nobody_initialised_is_an_error():
-    fault("mbarrier", "mbarrier.arrive.shared::cta.b64 _, [smem];")
+    fault("barrier", "mbarrier.arrive.shared::cta.b64 _, [smem];")
 
 
 def test_a_barrier_overwritten_by_data_is_an_error():
     body = """setp.ne.u32 %p1, tid, 0; @%p1 bra MEET; mbarrier.init.shared::cta.b64 [smem], 1;
 st.shared.b32 [smem+4], tid;
 mbarrier.arrive.shared::cta.b64 _, [smem]; MEET: bar.sync 0;"""
-    fault("mbarrier", body)
+    fault("barrier", body)
 
 
 def test_transaction_count_overflow_is_an_error():
@@ -78,7 +78,7 @@ def test_transaction_count_overflow_is_an_error():
     body = """setp.ne.u32 %p1, tid, 0; @%p1 bra END; mbarrier.init.shared::cta.b64 [smem], 1;
 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [smem], 1048575;
 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [smem], 64; END:"""
-    fault("mbarrier", body)
+    fault("barrier", body)
 
 
 def test_arrival_count_and_state_and_test_wait():
@@ -188,5 +188,5 @@ def test_register_demands_beyond_the_pool_are_refused():
     # 65536 registers; two CTAs of 384 threads and minnctapersm 2 give each 168 * 384 / 2; 240 + 56 cannot be had
     body = """setp.ge.u32 %p1, tid, 128; @%p1 bra CONSUMER; setmaxnreg.dec.sync.aligned.u32 56; bra END;
 CONSUMER: setmaxnreg.inc.sync.aligned.u32 240; END:"""
-    fault("setmaxnreg", body, block=256, directives=".maxntid 256, 1, 1\n.minnctapersm 2", ctas_per_sm=2)
+    fault("registers", body, block=256, directives=".maxntid 256, 1, 1\n.minnctapersm 2", ctas_per_sm=2)
     run(body.replace("240", "200"), [], block=256, directives=".maxntid 256, 1, 1\n.minnctapersm 2", ctas_per_sm=2)

@@ -124,7 +124,7 @@ def test_reading_an_output_before_it_is_written(compiled, data):
     a, b = data
     with emulator.session(outputs=[b]), pytest.raises(emulator.UninitialisedError) as caught:
         compiled(b, a, 300, 2.0)
-    assert caught.value.kind == "uninit_global"
+    assert caught.value.kind == "uninitialised"
     with emulator.session() as emu:
         emu.uninitialised(b)
         compiled(a, b, 300, 2.0)

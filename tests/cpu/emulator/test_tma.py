@@ -111,7 +111,7 @@ def test_a_misaligned_tile_is_refused():
             .replace("MEET:", "MEET:", 1)
             .replace("mbarrier.arrive.expect", "add.s32 %r50, smem, 8; mbarrier.arrive.expect", 1)
         ),
-        kind="alignment",
+        kind="misaligned",
     )
 
 

@@ -180,7 +180,7 @@ def test_late_completion_leaves_old_accumulators_until_the_wait():
     ("broken", "kind"),
     [
         ({"extra": 1 << 49}, "descriptor"),  # base offset
-        ({"start": 65536 * 3}, "shared"),  # past the CTA's shared memory
+        ({"start": 65536 * 3}, "bounds"),  # past the CTA's shared memory
     ],
     ids=["base offset", "outside shared memory"],
 )

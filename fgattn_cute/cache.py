@@ -78,7 +78,7 @@ def fingerprint() -> str:
     """Hash of the kernel sources, the compile step and ``versions()``."""
     here = Path(__file__).parent
     digest = hashlib.sha256(json.dumps(versions()).encode())
-    for path in (*sorted((here / "kernels").glob("*.py")), here / "compile.py"):
+    for path in (*sorted((here / "kernels").glob("*.py")), here / "compile.py", here / "signatures.py"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

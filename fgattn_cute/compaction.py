@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask bits to sorted id lists, on whatever device holds the mask.
 
-``compact`` lays the lists out; ``write_ids`` fills them and is the one function that a device kernel replaces.
+``compact`` measures the lists, lays them out and fills them. The first and the last step are kernels on a Hopper GPU
+(``device_masks``) and plain torch elsewhere, with the same result bit for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fgattn_cute import bits as _bits
+from fgattn_cute import device_masks
 
 LIST_ALIGN = 8  # ids: a list starts on 32 bytes
 PLAN_SLACK = 256  # ids past the last list, at least one largest tile, so that a tail read stays inside the buffer
@@ -22,13 +24,13 @@ class Lists(NamedTuple):
 
     ids: int32 (capacity + PLAN_SLACK,); zero wherever no list writes.
     offset: int64 (batch, heads, blocks_q), start of each list in ids.
-    counts: int64 (batch, heads, blocks_q), ids in each list.
+    keys: int32 (batch, heads, blocks_q), keys of each list, clipped at the end of the sequence.
     overflow: bool (), True if the capacity cut lists off; on the device of the mask.
     """
 
     ids: torch.Tensor
     offset: torch.Tensor
-    counts: torch.Tensor
+    keys: torch.Tensor
     overflow: torch.Tensor
 
 
@@ -49,22 +51,35 @@ def fit(offset: torch.Tensor, counts: torch.Tensor, needed: torch.Tensor, capaci
     return offset.clamp(max=capacity), torch.minimum(counts, (capacity - offset).clamp(min=0)), needed > capacity
 
 
-def compact(mask, capacity: int | None) -> Lists:
+def compact(mask, capacity: int | None, backend: str | None = None) -> Lists:
     """Lists of kept slice columns, ascending, one per query block.
 
     Args:
         mask: a SliceMask.
         capacity: ids to make room for, a multiple of 8. None takes the exact number, which costs one read-back of the
             total (a synchronisation on CUDA); with a capacity nothing is read back and lists that do not fit are cut.
+        backend: "cuda" or "emulator" for the kernels, "torch"; None takes the kernels where the mask lies on a GPU
+            that runs them.
     """
-    counts = _bits.count(mask.bits)
+    backend = backend or device_masks.backend_of(mask.bits)
+    words = mask.bits.contiguous()
+    if backend == "torch":
+        counts, keys = mask.kept_slices(), mask.kept_keys().to(torch.int32)
+    else:
+        counts, keys = device_masks.count(mask, words, backend)
     offset, needed = layout(counts)
     if capacity is None:
         capacity = int(needed)
     offset, counts, overflow = fit(offset, counts, needed, capacity)
-    ids = torch.zeros(capacity + PLAN_SLACK, dtype=torch.int32, device=mask.bits.device)
-    write_ids(mask.bits, offset, counts, ids)
-    return Lists(ids, offset, counts, overflow)
+    # An uncut list keeps its keys. A cut one has lost its last segment, so whole ones are left of it.
+    keys = torch.minimum(counts * mask.slice_n, keys).to(torch.int32)
+    if backend == "torch":
+        ids = torch.zeros(capacity + PLAN_SLACK, dtype=torch.int32, device=words.device)
+        write_ids(words, offset, counts, ids)
+    else:
+        ids = torch.empty(capacity + PLAN_SLACK, dtype=torch.int32, device=words.device)
+        device_masks.write_ids(words, offset, counts, ids, backend)
+    return Lists(ids, offset, keys, overflow)
 
 
 def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) -> None:

@@ -1,52 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FwdSpec -> a function that launches the kernel: memory, then the disk cache, then cute.compile.
+"""Spec -> a function that launches its kernel: memory, then the disk cache, then cute.compile.
 
-The key is the spec alone. Extents and strides are symbolic, so no shape ever compiles again. Compilation needs no GPU.
-The DSL is imported on first use. ``cute.compile`` aborts the process when two threads call it, so one lock guards it.
+A spec is a FwdSpec or one of kernels/mask_spec.py. The key is the spec alone. Extents and strides are symbolic, so no
+shape ever compiles again. Compilation needs no GPU. The DSL is imported on first use. ``cute.compile`` aborts the
+process when two threads call it, so one lock guards it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cache, cubin
+from . import cache, cubin, signatures
 from .cache import ARCH, Artifact
 from .errors import CompileError
+from .kernels.mask_spec import CompactSpec
 from .kernels.spec import FwdSpec
 from .settings import configure_logging, log
 
+Spec = FwdSpec | CompactSpec
 LOCK = threading.RLock()
-STRIDE_ELEMS = 8  # rows of q, k, v, out start on 16 bytes
-OPERAND_ALIGN_BYTES = 16
-LIST_ALIGN_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """A kernel ready to be launched.
 
-    call: TVM-FFI function. Takes torch tensors and numbers in the order of ``FgAttnForwardSm90.__call__`` but for the
+    call: TVM-FFI function. Takes torch tensors and numbers in the order of the kernel's ``__call__`` but for the
         stream, which is torch's current one.
     source: "compiled" or "disk".
     artifact: object file, PTX and facts.
     """
 
-    spec: FwdSpec
+    spec: Spec
     call: Callable
     source: str
     artifact: Artifact
 
 
-_memory: dict[tuple[FwdSpec, bool], Compiled] = {}
+_memory: dict[tuple[Spec, bool], Compiled] = {}
 
 
-def get(spec: FwdSpec, *, emulated: bool = False) -> Compiled:
+def get(spec: Spec, *, emulated: bool = False) -> Compiled:
     """The kernel of a spec, compiled if need be.
 
     Args:
@@ -74,7 +75,7 @@ def get(spec: FwdSpec, *, emulated: bool = False) -> Compiled:
         return _memory[spec, emulated]
 
 
-def artifact(spec: FwdSpec) -> Artifact:
+def artifact(spec: Spec) -> Artifact:
     """The kernel's files, from the disk cache or compiled into it, without loading them: for tools, tests, workers."""
     with LOCK:
         return _find_or_build(spec)[0]
@@ -86,19 +87,19 @@ def forget() -> None:
         _memory.clear()
 
 
-def _load_or_compile(spec: FwdSpec) -> Compiled:
+def _load_or_compile(spec: Spec) -> Compiled:
     found, source = _find_or_build(spec)
     try:
         return Compiled(spec, _load(spec, found), source, found)
-    except Exception as why:
+    except CompileError as why:
         if source == "compiled":
-            raise CompileError(f"kernel {spec.name} was compiled but cannot be loaded: {why}") from why
-        cache.discard(spec, f"it cannot be loaded: {why}")
+            raise
+        cache.discard(spec, str(why))
     found, source = _find_or_build(spec)
     return Compiled(spec, _load(spec, found), source, found)
 
 
-def _find_or_build(spec: FwdSpec) -> tuple[Artifact, str]:
+def _find_or_build(spec: Spec) -> tuple[Artifact, str]:
     """(artifact, "disk" or "compiled"). Of several processes that want the same kernel, one compiles it."""
     why_not = spec.reasons()
     if why_not:
@@ -115,7 +116,7 @@ def _find_or_build(spec: FwdSpec) -> tuple[Artifact, str]:
     return found, "disk"
 
 
-def build(spec: FwdSpec) -> Artifact:
+def build(spec: Spec) -> Artifact:
     """Compile a spec that can run, with no cache in between.
 
     Raises:
@@ -126,7 +127,7 @@ def build(spec: FwdSpec) -> Artifact:
         try:
             return _build(spec, cute)
         except Exception as why:
-            raise CompileError(f"kernel {spec.name} does not compile: {type(why).__name__}: {why}") from why
+            raise CompileError(f"kernel {spec.name} does not compile: {_plain(why)}") from why
 
 
 def _import_dsl():
@@ -139,72 +140,43 @@ def _import_dsl():
     return cutlass.cute
 
 
-def _build(spec: FwdSpec, cute) -> Artifact:
+def _build(spec: Spec, cute) -> Artifact:
     from cutlass.base_dsl.compiler import DumpDir
 
-    from .kernels.fwd_sm90 import FgAttnForwardSm90
-
+    kernel, arguments = signatures.kernel_of(spec)
     # One readable symbol per spec, for profilers and for whoever reads the PTX.
-    for function in (FgAttnForwardSm90.__call__, FgAttnForwardSm90.kernel):
+    for function in (type(kernel).__call__, type(kernel).kernel):
         function.set_name_prefix(f"fgattn_{spec.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-    kernel = FgAttnForwardSm90(spec)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fgattn-") as scratch:
         options = (cute.EnableTVMFFI(True), cute.KeepPTX(True), cute.KeepCUBIN(True), cute.GPUArch(ARCH))
-        compiled = cute.compile[(*options, DumpDir(scratch))](kernel, *forward_arguments(spec))
+        compiled = cute.compile[(*options, DumpDir(scratch))](kernel, *arguments)
         path = Path(scratch) / "kernel.o"
         compiled.export_to_c(object_file_path=str(path), function_name=spec.name)
         object_file = path.read_bytes()
     compile_ms = round(1e3 * (time.perf_counter() - started))
     facts = {
         **dataclasses.asdict(cubin.facts(compiled.__cubin__)),
-        "smem_bytes": kernel.Storage.size_in_bytes(),
+        "smem_bytes": kernel.Storage.size_in_bytes() if hasattr(kernel, "Storage") else 0,
         "compile_ms": compile_ms,
     }
     log.info("kernel %s: compiled in %d ms, %d registers", spec.name, compile_ms, facts["registers"])
     return Artifact(object_file, compiled.__ptx__, facts)
 
 
-def forward_arguments(spec: FwdSpec) -> list:
-    """Stand-ins for the arguments of ``FgAttnForwardSm90.__call__``: every extent and stride symbolic but D.
-
-    Extents that must agree share a symbol, which TVM-FFI then checks at every call.
-    """
-    import cutlass
-    from cutlass import cute
-    from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
-
-    dtype = cutlass.BFloat16 if spec.dtype == "bf16" else cutlass.Float16
-    batch, seqlen_q, seqlen_k, heads, kv_heads, num_ids, num_work = (cute.sym_int() for _ in range(7))
-
-    def activation(seqlen, num_heads):
-        strides = tuple(cute.sym_int64(divisibility=STRIDE_ELEMS) for _ in range(3))
-        shape = (batch, seqlen, num_heads, spec.head_dim)
-        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=OPERAND_ALIGN_BYTES)
-
-    def compact(element, shape, align):
-        order = tuple(reversed(range(len(shape))))
-        return make_fake_compact_tensor(element, shape, stride_order=order, assumed_align=align)
-
-    return [
-        activation(seqlen_q, heads),  # q
-        activation(seqlen_k, kv_heads),  # k
-        activation(seqlen_k, kv_heads),  # v
-        activation(seqlen_q, heads),  # out
-        compact(cutlass.Float32, (batch, heads, seqlen_q), 4),  # lse
-        compact(cutlass.Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
-        compact(cutlass.Int32, (num_work, 4), OPERAND_ALIGN_BYTES),  # work descriptors
-        1.0,  # softmax_scale
-        *(1, 1, 1),  # slice_m, ctas_per_block, num_ctas: types only, the values stay dynamic
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-    ]
-
-
-def _load(spec: FwdSpec, found: Artifact) -> Callable:
+def _load(spec: Spec, found: Artifact) -> Callable:
     """The launching function inside an object file. The loader wants a file; it has read it when it returns."""
     cute = _import_dsl()
     with tempfile.TemporaryDirectory(prefix="fgattn-") as scratch:
         path = Path(scratch) / "kernel.o"
         path.write_bytes(found.object_file)
-        module = cute.runtime.load_module(str(path), enable_tvm_ffi=True)
-        return getattr(module, spec.name)
+        try:
+            return getattr(cute.runtime.load_module(str(path), enable_tvm_ffi=True), spec.name)
+        except Exception as why:
+            raise CompileError(f"kernel {spec.name} cannot be loaded: {_plain(why)}") from why
+
+
+def _plain(why: Exception) -> str:
+    """The DSL colours its messages for a terminal; a log or another error's text is none."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(why))
+    return f"{type(why).__name__}: {text.strip()}"

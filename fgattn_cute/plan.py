@@ -86,13 +86,8 @@ class Plan:
             raise PlanError(f"a plan is made from a SliceMask, not from {type(mask).__name__}: SliceMask.from_dense")
         capacity = _checked_capacity(capacity)
         lists = compact(mask, capacity)
-        short = mask.blocks_k * mask.slice_n - mask.seqlen_k
-        keys = lists.counts * mask.slice_n
-        if short:
-            # Only an uncut list ends with the short segment: kept_keys counts it, a cut list consists of whole ones.
-            keys = torch.minimum(keys, mask.kept_keys())
         overflow = lists.overflow if capacity is not None else None
-        return cls(lists.ids, lists.offset, keys.to(torch.int32), **mask.geometry, overflow=overflow)
+        return cls(lists.ids, lists.offset, lists.keys, **mask.geometry, overflow=overflow)
 
     @classmethod
     def from_lists(

@@ -74,7 +74,7 @@ cache.fingerprint()
 print(*seen)
 """
     seen = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
-    assert seen == [*sorted(path.name for path in (here / "kernels").glob("*.py")), "compile.py"]
+    assert seen == [*sorted(path.name for path in (here / "kernels").glob("*.py")), "compile.py", "signatures.py"]
 
 
 @pytest.mark.parametrize("suffix", [".o", ".ptx", ".json"])

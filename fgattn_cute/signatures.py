@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel a spec compiles to, and stand-ins for its arguments: every extent and stride symbolic but D.
+
+Extents that must agree share a symbol, which TVM-FFI then checks at every call. The DSL is imported on use.
+"""
+
+from __future__ import annotations
+
+from .kernels.mask_spec import CompactSpec
+from .kernels.spec import FwdSpec
+
+STRIDE_ELEMS = 8  # rows of q, k, v, out start on 16 bytes
+OPERAND_ALIGN_BYTES = 16
+LIST_ALIGN_BYTES = 32
+
+
+def kernel_of(spec) -> tuple:
+    """(kernel object, stand-ins for the arguments of its ``__call__``)."""
+    if isinstance(spec, FwdSpec):
+        from .kernels.fwd_sm90 import FgAttnForwardSm90
+
+        return FgAttnForwardSm90(spec), _forward(spec)
+    if isinstance(spec, CompactSpec):
+        from .kernels import compact_sm90
+
+        if spec.step == "count":
+            return compact_sm90.CountBits(), _count_bits()
+        return compact_sm90.WriteIds(), _write_ids()
+    raise TypeError(f"no kernel is made from a {type(spec).__name__}")
+
+
+def _element(dtype: str):
+    import cutlass
+
+    return cutlass.BFloat16 if dtype == "bf16" else cutlass.Float16
+
+
+def _symbols(count: int) -> list:
+    from cutlass import cute
+
+    return [cute.sym_int() for _ in range(count)]
+
+
+def _activation(dtype: str, *shape):
+    """A 16-bit (B, S, H, D) tensor with D last and contiguous."""
+    from cutlass import cute
+    from cutlass.cute.runtime import make_fake_tensor
+
+    strides = tuple(cute.sym_int64(divisibility=STRIDE_ELEMS) for _ in range(3))
+    return make_fake_tensor(_element(dtype), shape, (*strides, 1), assumed_align=OPERAND_ALIGN_BYTES)
+
+
+def _packed(element, shape, align: int):
+    """A contiguous tensor."""
+    from cutlass.cute.runtime import make_fake_compact_tensor
+
+    order = tuple(reversed(range(len(shape))))
+    return make_fake_compact_tensor(element, shape, stride_order=order, assumed_align=align)
+
+
+def _stream():
+    """torch's current stream, which TVM-FFI fills in."""
+    from cutlass.cute.runtime import make_fake_stream
+
+    return make_fake_stream(use_tvm_ffi_env_stream=True)
+
+
+def _forward(spec: FwdSpec) -> list:
+    from cutlass import Float32, Int32
+
+    batch, seqlen_q, seqlen_k, heads, kv_heads, num_ids, num_work = _symbols(7)
+    return [
+        _activation(spec.dtype, batch, seqlen_q, heads, spec.head_dim),  # q
+        _activation(spec.dtype, batch, seqlen_k, kv_heads, spec.head_dim),  # k
+        _activation(spec.dtype, batch, seqlen_k, kv_heads, spec.head_dim),  # v
+        _activation(spec.dtype, batch, seqlen_q, heads, spec.head_dim),  # out
+        _packed(Float32, (batch, heads, seqlen_q), 4),  # lse
+        _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
+        _packed(Int32, (num_work, 4), OPERAND_ALIGN_BYTES),  # work descriptors
+        1.0,  # softmax_scale
+        *(1, 1, 1),  # slice_m, ctas_per_block, num_ctas: types only, the values stay dynamic
+        _stream(),
+    ]
+
+
+def _count_bits() -> list:
+    from cutlass import Int32, Int64
+
+    rows, words = _symbols(2)
+    return [
+        _packed(Int32, (rows, words), 4),  # bits
+        _packed(Int64, (rows,), 8),  # counts
+        _packed(Int32, (rows,), 4),  # keys
+        *(1, 1, 1),  # last_column, slice_n, shortfall
+        _stream(),
+    ]
+
+
+def _write_ids() -> list:
+    from cutlass import Int32, Int64
+
+    rows, words, num_ids = _symbols(3)
+    return [
+        _packed(Int32, (rows, words), 4),  # bits
+        _packed(Int64, (rows,), 8),  # offset
+        _packed(Int64, (rows,), 8),  # counts
+        _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
+        _stream(),
+    ]

@@ -72,33 +72,45 @@ def from_config(stem: str) -> Gpu:
 
 
 def from_cuda(device=None) -> Gpu:
-    """What torch says about a CUDA device.
+    """What torch says about a CUDA device; asked once for each.
 
     Raises:
         DeviceError: torch sees no CUDA device.
     """
-    import torch
+    index = None if device is None else _index(device)
+    if index is None:
+        _need_cuda()
+        import torch
 
-    if not torch.cuda.is_available():
-        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-        raise DeviceError(
-            f'no GPU: {why}\n  nearest thing that works: backend="emulator" runs the same kernel on the CPU, '
-            "CPU tensors run on the reference, FGATTN_GPU=h200 chooses kernels for a GPU that is elsewhere"
-        )
-    index = torch.cuda.current_device() if device is None else _index(device)
+        index = torch.cuda.current_device()
     return _properties(index)
 
 
-def _index(device) -> int:
+def _index(device) -> int | None:
     import torch
 
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return torch.cuda.current_device() if device.index is None else device.index
+    if isinstance(device, int):
+        return device
+    device = device if isinstance(device, torch.device) else torch.device(device)
+    return device.index
 
 
 @functools.cache
 def _properties(index: int) -> Gpu:
+    _need_cuda()
     import torch
 
     p = torch.cuda.get_device_properties(index)
     return Gpu(p.name, (p.major, p.minor), p.multi_processor_count, p.L2_cache_size, source=f"cuda:{index}")
+
+
+def _need_cuda() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+    raise DeviceError(
+        f'no GPU: {why}\n  nearest thing that works: backend="emulator" runs the same kernel on the CPU, '
+        "CPU tensors run on the reference, FGATTN_GPU=h200 chooses kernels for a GPU that is elsewhere"
+    )

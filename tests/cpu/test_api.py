@@ -65,8 +65,10 @@ def test_the_compiled_kernel_runs_on_the_emulator(own_session):
     else:
         with fg.emulator.session(seed=3, checks="fast") as emu:
             out, lse = fg.attention(q, k, v, plan, return_lse=True, backend="emulator")
-        launched = [launch.kernel for launch in emu.report().launches]
-        assert len(launched) == 2 and "redo" in launched[1], "the kernel, then the redo pass"
+        first, second = (launch.result for launch in emu.report().launches)
+        assert "redo" in second.kernel and "redo" not in first.kernel
+        spec = fg.explain(q, k, v, plan).choice.spec
+        assert (first.dynamic_smem, first.block, first.grid) == (spec.smem_bytes(), (spec.num_threads, 1, 1), (6, 1, 1))
     expected, expected_lse = fg.reference.attention(q, k, v, plan, return_lse=True)
     assert (out.float() - expected).abs().max() < 0.02
     kept = torch.isfinite(expected_lse)

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import hashlib
 import threading
-import weakref
 from typing import TYPE_CHECKING
 
 from . import ptx as ptx_frontend
@@ -267,36 +266,10 @@ def connect(shim_path: str, runtime_path: str) -> None:
     _shim = shim
 
 
-# --------------------------------------------------------------------------------------------- parameters and memory
+# --------------------------------------------------------------------------------------------- parameters
 def parameter_bytes(kernel, args) -> bytes:
     """The launch arguments (`args[i]` points to the i-th parameter) laid out as the kernel's parameter space."""
     raw = bytearray(kernel.param_bytes)
     for i, (_, offset, size) in enumerate(kernel.params):
         raw[offset : offset + size] = ctypes.string_at(args[i], size)
     return bytes(raw)
-
-
-def span(tensor) -> tuple[int, int]:
-    """Host byte range [lo, hi) that a strided tensor covers; empty tensors give lo == hi."""
-    lo = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return lo, lo
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return lo, lo + (last + 1) * tensor.element_size()
-
-
-class Memory:
-    """Memory registered for a whole session, besides the tensors of each call."""
-
-    def __init__(self):
-        self._spans: list[tuple[int, int, weakref.ref | None]] = []
-
-    def add(self, tensor) -> None:
-        """Registers a tensor reached only through a raw pointer; forgotten when the tensor is."""
-        lo, hi = span(tensor)
-        self._spans.append((lo, hi, weakref.ref(tensor)))
-
-    def spans(self) -> list[tuple[int, int]]:
-        """The ranges of the tensors still alive."""
-        self._spans = [s for s in self._spans if s[2]() is not None]
-        return [(lo, hi) for lo, hi, _ in self._spans]

@@ -7,12 +7,11 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from . import intercept, launch
 from . import ptx as ptx_frontend
 from .errors import SetupError, violation
-from .machine import Check, Completion, LaunchConfig, LaunchResult, Machine, Region
+from .machine import Check, Completion, LaunchConfig, LaunchResult, Machine
+from .memory import SessionMemory
 from .report import Launch, Report, describe, kind_of
 from .schedule import of_seed, schedules
 
@@ -62,8 +61,7 @@ class Session:
     def __init__(self, options: Options, outputs: Iterable = ()):
         self.options = options
         self._report = Report()
-        self._memory = launch.Memory()
-        self._written: dict[tuple[int, int], np.ndarray] = {}
+        self._memory = SessionMemory()
         self._outputs: list = []
         self._machine = Machine()
         self.outputs(*outputs)
@@ -82,7 +80,7 @@ class Session:
         (`make_ptr`).
         """
         for t in tensors:
-            self._memory.add(t)
+            self._memory.register(t)
 
     def outputs(self, *tensors) -> None:
         """Declares tensors that the kernels must write in full.
@@ -101,19 +99,13 @@ class Session:
         """Marks the bytes of `tensor` as never written, so that a kernel that reads them first is reported; contents
         stay as they are.
         """
-        lo, hi = launch.span(tensor)
-        self._written[lo, hi] = np.zeros((hi - lo + 7) // 8, np.uint8)
+        self._memory.track(tensor)
 
     def unwritten(self, tensor) -> int:
         """How many elements of a tensor given to `outputs` or `uninitialised` have a byte that no kernel has written
         so far.
         """
-        lo, hi = launch.span(tensor)
-        size = tensor.element_size()
-        bits = np.unpackbits(self._written[lo, hi], bitorder="little", count=hi - lo).reshape(-1, size)
-        strides = [s * bits.strides[0] for s in tensor.stride()] + [bits.strides[1]]
-        elements = np.lib.stride_tricks.as_strided(bits, (*tensor.shape, size), strides)
-        return int((elements == 0).any(-1).sum())
+        return self._memory.unwritten(tensor)
 
     def report(self) -> Report:
         """Every launch so far: findings, counters per warp role, time."""
@@ -146,7 +138,7 @@ class Session:
             cluster=cluster,
             dynamic_smem=smem,
             params=params,
-            memory=self._regions(tensors),
+            memory=self._memory.regions(tensors),
             checks=o.checks,
             seed=o.seed,
             threads=o.threads,
@@ -161,6 +153,7 @@ class Session:
             ctas_per_sm=o.ctas_per_sm,
         )
         result = self._machine.run(kernel, config)
+        self._memory.collect()
         self._report.launches.append(Launch(len(self._report), o.seed, s.name, result))
         findings = self._report[-1].findings
         if findings and (o.raise_on_violation or kind_of(findings[0]) == "unsupported"):
@@ -168,10 +161,6 @@ class Session:
                 kind_of(findings[0]), "\n".join([f"kernel {result.kernel}", *map(describe, findings)]), tuple(findings)
             )
         return result
-
-    def _regions(self, tensors: Iterable) -> list[Region]:
-        spans = {launch.span(t) for t in tensors} | set(self._memory.spans())
-        return [Region(lo, hi, written=self._written.get((lo, hi))) for lo, hi in sorted(spans) if hi > lo]
 
     def _check_outputs(self) -> None:
         for t in self._outputs:

@@ -8,6 +8,7 @@ own. Reading order: spec.py, schedule.py, scheduler.py, gather.py, loader.py, so
 import math
 
 import cuda.bindings.driver as cuda
+import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90_utils
 from cutlass import Float32, Int32, const_expr
@@ -22,7 +23,7 @@ from .ptx import exit_if_zero
 from .schedule import make_pipes
 from .scheduler import Scheduler
 from .smem import element_type, operand_layouts, operand_tile, storage_struct
-from .spec import ELEMENT_BYTES, WARP_ROWS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+from .spec import ELEMENT_BYTES, WARP_ROWS, WARP_THREADS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)
 
@@ -85,9 +86,7 @@ class FgAttnForwardSm90:
         tma_q, mQ = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(), mQ, slab, (WGMMA_ROWS, spec.head_dim)
         )
-        tma_o, mO = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(), mO, rows, (WARP_ROWS, spec.head_dim)
-        )
+        tma_o, mO = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), mO, rows, (WARP_ROWS, spec.head_dim))
         self.Storage = storage_struct(spec, layouts)
         # min_blocks_per_mp > 1 makes the compiler ask the driver for the carve-out unless it is given.
         carveout = {"preferred_smem_carveout": 100} if spec.ctas_per_sm > 1 else {}
@@ -166,7 +165,7 @@ class FgAttnForwardSm90:
 
         scheduler = Scheduler(spec, mWork, slice_m, ctas_per_block, mQ.shape[0])
         if const_expr(spec.redo):
-            self.exit_unless_poisoned(scheduler, mLSE, storage.redo_flag.get_tensor(cute.make_layout(1)), thread)
+            self.exit_unless_poisoned(scheduler, mLSE, thread)
         if warp >= 4 * spec.consumer_warpgroups:
             cute.arch.setmaxregister_decrease(spec.producer_registers)
             producer_thread = thread - WARPGROUP_THREADS * spec.consumer_warpgroups
@@ -184,16 +183,19 @@ class FgAttnForwardSm90:
             Consumer(spec, scheduler, mainloop, epilogue).run()
 
     @cute.jit
-    def exit_unless_poisoned(self, scheduler, mLSE, flag, thread):
-        """Redo pass: end the CTA unless one of its rows was left with LSE = +inf or NaN by a fixed_ref launch."""
+    def exit_unless_poisoned(self, scheduler, mLSE, thread):
+        """Redo pass: end the CTA unless one of its rows was left with LSE = +inf or NaN by a fixed_ref launch.
+
+        Each warp looks at all rows of the CTA, so that nothing is shared.
+        """
         work = scheduler.fetch(scheduler.item_index(Int32(0)))
-        if thread == 0:
-            flag[0] = Int32(0)
-        cute.arch.sync_threads()
-        row = work.row + thread
-        if thread < self.spec.tile_m and row < work.row_end:
-            lse = mLSE[work.batch, work.head, row]
-            if lse != lse or lse == Float32.inf:
-                flag[0] = Int32(1)
-        cute.arch.sync_threads()
-        exit_if_zero(flag[0])
+        poisoned = Int32(0)
+        for i in cutlass.range_constexpr(self.spec.tile_m // WARP_THREADS):
+            row = work.row + thread % WARP_THREADS + i * WARP_THREADS
+            if row < work.row_end:
+                lse = mLSE[work.batch, work.head, row]
+                if lse != lse or lse == Float32.inf:
+                    poisoned = Int32(1)
+        found = Int32(cute.arch.vote_any_sync(poisoned != 0))
+        cute.arch.sync_threads()  # no warp stores an LSE before every warp has read them
+        exit_if_zero(found)

@@ -66,7 +66,7 @@ class Mainloop:
         self.pipe_q.wait(items)
         self.read_q()
 
-        self.pipe_k.wait(it)
+        self.wait_tile(self.pipe_k, it)
         acc_S = self.new_scores()
         multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(it)], True)
         warpgroup.wait_group(0)
@@ -84,7 +84,7 @@ class Mainloop:
 
         if const_expr(self.spec.scheduler == "persistent"):
             self.pipe_q.release(items)
-        self.pipe_v.wait(it)
+        self.wait_tile(self.pipe_v, it)
         self.multiply_v(it)
         warpgroup.wait_group(0)
         self.pipe_v.release(it)
@@ -95,11 +95,11 @@ class Mainloop:
         """Q K^T and softmax of tile ``it + 1``, P V of tile ``it``."""
         if const_expr(self.softmax.fixed):
             self.softmax.guard(self.acc_O, self.tOrP)
-        self.pipe_k.wait(it + 1)
+        self.wait_tile(self.pipe_k, it + 1)
         acc_S = self.new_scores()
         self.order.wait_turn(self.warpgroup_index)
         multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(it + 1)], True)
-        self.pipe_v.wait(it)
+        self.wait_tile(self.pipe_v, it)
         self.multiply_v(it)
         self.order.pass_on(self.warpgroup_index)
         warpgroup.wait_group(1)
@@ -112,6 +112,13 @@ class Mainloop:
         self.store_p(acc_S)
         if const_expr(not self.softmax.fixed):
             self.softmax.rescale_output(self.acc_O)
+
+    @cute.jit
+    def wait_tile(self, pipe, i: Int32):
+        """Wait until tile ``i`` of K or V has landed and WGMMA may read it."""
+        pipe.wait(i)
+        if const_expr(self.spec.proxy_fence == "consumer"):
+            cute.arch.fence_view_async_shared()
 
     @cute.jit
     def multiply_v(self, it: Int32):

@@ -55,7 +55,6 @@ def storage_struct(spec, layouts: OperandLayouts):
     @cute.struct
     class Storage:
         barriers: cute.struct.MemRange[Int64, spec.num_barriers]
-        redo_flag: cute.struct.MemRange[Int32, 1]
         sO: operand(out_elements)
         sQ: operand(cute.cosize(layouts.q))
         sK: operand(cute.cosize(layouts.kv))

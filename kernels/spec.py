@@ -19,6 +19,7 @@ SMEM_LIMIT_BYTES = 232_448  # opt-in shared memory of one CTA on sm_90 (227 KiB)
 SMEM_PER_SM_BYTES = 233_472  # 228 KiB, of which the driver reserves 1 KiB per resident CTA
 SMEM_RESERVED_PER_CTA_BYTES = 1024
 REGISTERS_PER_SM = 65_536
+WARP_THREADS = 32
 WARPGROUP_THREADS = 128
 WGMMA_ROWS = 64  # rows of one warpgroup's WGMMA
 WARP_ROWS = 16  # of which each warp owns a quarter

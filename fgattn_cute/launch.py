@@ -22,7 +22,6 @@ from .problem import Problem, as_bshd
 # fixed_ref poisons rows whose sum of exponentials passes 2^100 relative to their reference. Scores of magnitude at most
 # b nats lie at most 2 b log2(e) octaves above the reference, and Sk of them add log2(Sk): up to 99 no row can pass.
 SAFE_OCTAVES = 99.0
-_ALIGN_ELEMS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +30,11 @@ class Launcher:
 
     kernel: takes (q, k, v, out, lse, ids, work, scale, slice_m, ctas_per_block, num_ctas).
     redo: the same for the second pass over poisoned rows; None for exact softmax.
-    realign: which of q, k, v have a dimension of size 1 with an odd stride, which the kernel's ABI refuses.
     """
 
     spec: FwdSpec
     kernel: Callable
     redo: Callable | None
-    realign: tuple[bool, bool, bool]
     slice_m: int
     ctas_per_block: int
     layout: str
@@ -57,10 +54,6 @@ def prepare(problem: Problem, spec: FwdSpec, emulated: bool = False) -> Launcher
         spec=spec,
         kernel=compiler.get(spec, emulated=emulated).call,
         redo=redo,
-        realign=tuple(
-            any(stride % _ALIGN_ELEMS for stride in strides[:3])
-            for strides in (problem.q_strides, problem.k_strides, problem.v_strides)
-        ),
         slice_m=problem.slice_m,
         ctas_per_block=ctas_per_block(spec, problem.slice_m),
         layout=problem.layout,
@@ -120,8 +113,6 @@ def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     views = [as_bshd(x, launcher.layout) for x in (q, k, v, out)]
     batch, seqlen_q, heads, _ = views[0].shape
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    if True in launcher.realign:
-        views[:3] = [_realigned(x) if odd else x for x, odd in zip(views[:3], launcher.realign, strict=True)]
     work = plan.work(batch, heads)
     items = work.shape[0]
     tensors = (*views, lse, plan.ids, work, scale, launcher.slice_m, launcher.ctas_per_block)
@@ -129,9 +120,3 @@ def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound):
         launcher.redo(*tensors, items * launcher.ctas_per_block)
     return out, lse
-
-
-def _realigned(x: torch.Tensor) -> torch.Tensor:
-    """The same elements with strides of size-1 dimensions, which address nothing, made multiples of 8."""
-    strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return x.as_strided(x.shape, (*strides, 1))

@@ -76,6 +76,14 @@ def test_the_compiled_kernel_runs_on_the_emulator(own_session):
     assert (lse - expected_lse)[kept].abs().max() < 1e-4
 
 
+def test_dimensions_of_size_one_may_have_any_stride():
+    """Such a stride addresses nothing, so it need not be a multiple of 8 as the others are."""
+    q, k, v, mask = case(heads=1, kv_heads=1)
+    expected = fg.attention(q, k, v, mask, backend="emulator")
+    odd = [x.as_strided(x.shape, (3, x.stride(1), 5, 1)) for x in (q, k, v)]
+    assert torch.equal(fg.attention(*odd, mask, backend="emulator"), expected)
+
+
 @pytest.mark.parametrize(
     "arguments, error, words",
     [

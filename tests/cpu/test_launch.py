@@ -10,7 +10,6 @@ from fgattn_cute import launch
 from fgattn_cute.kernels.spec import FwdSpec
 from fgattn_cute.mask import SliceMask
 from fgattn_cute.plan import Plan
-from fgattn_cute.problem import Problem
 
 B, HEADS, KV_HEADS, SQ, SK, D = 2, 4, 2, 300, 200, 64
 SLICE_M = 128
@@ -38,14 +37,11 @@ def tensors(layout="bshd"):
     return [torch.randn(shape).bfloat16() for shape in shapes]
 
 
-def launcher(q, k, v, plan, spec, layout="bshd", redo=None):
-    problem = Problem.of(q, k, v, plan, layout)
-    strides = (problem.q_strides, problem.k_strides, problem.v_strides)
+def launcher(plan, spec, layout="bshd", redo=None):
     return launch.Launcher(
         spec=spec,
         kernel=Recorder(),
         redo=redo,
-        realign=tuple(any(s % 8 for s in x[:3]) for x in strides),
         slice_m=plan.slice_m,
         ctas_per_block=launch.ctas_per_block(spec, plan.slice_m),
         layout=layout,
@@ -55,7 +51,7 @@ def launcher(q, k, v, plan, spec, layout="bshd", redo=None):
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_arguments_of_the_kernel(plan, layout):
     q, k, v = tensors(layout)
-    l = launcher(q, k, v, plan, FwdSpec(head_dim=D, tile_m=64, tile_n=64), layout)
+    l = launcher(plan, FwdSpec(head_dim=D, tile_m=64, tile_n=64), layout)
     out, lse = launch._launch(l, q, k, v, plan, 0.5, None, 132)
     [(mq, mk, mv, mo, mlse, ids, work, scale, slice_m, ctas_per_block, num_ctas)] = l.kernel.calls
     for given, seen, heads, length in ((q, mq, HEADS, SQ), (k, mk, KV_HEADS, SK), (v, mv, KV_HEADS, SK)):
@@ -82,7 +78,7 @@ def test_persistent_grid_stops_at_what_the_gpu_holds():
 def test_redo_runs_after_the_kernel_unless_a_bound_rules_it_out(plan):
     q, k, v = tensors()
     spec = FwdSpec(head_dim=D, tile_m=128, tile_n=64, scheduler="persistent")
-    l = launcher(q, k, v, plan, spec, redo=Recorder())
+    l = launcher(plan, spec, redo=Recorder())
     launch._launch(l, q, k, v, plan, 1.0, None, 1)
     (first,), (second,) = l.kernel.calls, l.redo.calls
     assert all(a is b for a, b in zip(first[:7], second[:7], strict=True)), "the same tensors"
@@ -98,17 +94,3 @@ def test_the_bound_that_rules_poisoned_rows_out(seqlen_k):
     assert launch.needs_redo(seqlen_k, None)
     assert launch.needs_redo(seqlen_k, largest * 1.001)
     assert not launch.needs_redo(seqlen_k, largest * 0.999)
-
-
-def test_dimensions_of_size_one_may_have_any_stride():
-    q = torch.randn(SQ * HEADS * D + 3).bfloat16().as_strided((1, SQ, HEADS, D), (3, HEADS * D, D, 1))
-    k = torch.randn(1, SK, 1, D).bfloat16().as_strided((1, SK, 1, D), (SK * D, D, 5, 1))
-    keep = torch.ones(1, 1, BLOCKS, SK, dtype=torch.bool)
-    plan = Plan.from_mask(SliceMask.from_dense(keep, slice_m=SLICE_M, slice_n=1, seqlen_q=SQ, seqlen_k=SK))
-    l = launcher(q, k, k, plan, FwdSpec(head_dim=D, tile_n=64))
-    assert l.realign == (True, True, True)
-    launch._launch(l, q, k, k, plan, 1.0, None, 132)
-    seen = l.kernel.calls[0]
-    for given, got in zip((q, k), seen[:2], strict=True):
-        assert got.data_ptr() == given.data_ptr() and torch.equal(got, given)
-        assert all(stride % 8 == 0 for stride in got.stride()[:3])

@@ -349,27 +349,32 @@ def _read_yaml(text: str, name: str):
     lines: dict[tuple, int] = {}
     if node is None:
         raise PresetError("is empty", file=name)
-    _walk(node, (), lines, name)
+    _walk(node, (), lines, name, set())
     try:
         return loader.construct_document(node), lines
     except yaml.YAMLError as why:
         raise PresetError(f"not YAML: {why}", file=name) from None
 
 
-def _walk(node, path, lines, name):
+def _walk(node, path, lines, name, seen):
     lines.setdefault(path, node.start_mark.line + 1)
+    if id(node) in seen:  # an alias: walking it again could take for ever
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            here = (*path, key_node.value)
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise PresetError("a key is a word, not a list or a mapping", file=name, line=line)
+            here = (*path, key_node.value)
             if here in lines:
                 message = f"given twice (first on line {lines[here]})"
                 raise PresetError(message, file=name, line=line, key=_dotted(here))
             lines[here] = line
-            _walk(value_node, here, lines, name)
+            _walk(value_node, here, lines, name, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*path, index), lines, name)
+            _walk(item, (*path, index), lines, name, seen)
 
 
 def _first_error(failed: pydantic.ValidationError, name: str, lines: dict) -> PresetError:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fgattn_cute import presets
 from fgattn_cute.errors import PresetError
@@ -159,6 +161,28 @@ def test_what_is_no_preset_file_at_all(text, words):
 def test_yaml_tags_do_not_run_code():
     with pytest.raises(PresetError, match="not YAML"):
         presets.parse("schema: !!python/object/apply:os.system ['true']\n", "my.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["&a [*a]", "schema: &a {schema: *a}", "? [1, 2]\n: 3", "1: 2", "<<: 3", "schema: .inf"]
+)
+def test_odd_yaml_is_refused_like_any_other_mistake(text):
+    with pytest.raises(PresetError):
+        presets.parse(text, "my.yaml")
+
+
+LINES = MINIMAL.splitlines()
+SCALARS = st.sampled_from(["", "~", "[]", "{}", "-1", "1e400", ".nan", "true", "2026-11-23", "'", "*x", "- a"])
+
+
+@given(st.integers(0, len(LINES) - 1), st.integers(0, 40), SCALARS | st.text(max_size=12))
+def test_no_text_raises_anything_but_a_preset_error(row, column, inserted):
+    changed_lines = [*LINES]
+    changed_lines[row] = LINES[row][:column] + inserted + LINES[row][column + len(inserted) :]
+    try:
+        presets.parse("\n".join(changed_lines), "my.yaml")
+    except PresetError as refused:
+        assert str(refused).startswith("my.yaml")
 
 
 def test_unreadable_and_unknown_files(tmp_path):

@@ -99,7 +99,7 @@ def load(spec) -> Artifact | None:
     """The spec's entry, or None where there is none, it is damaged (with a warning), or the cache is off."""
     mode = settings.cache_mode()
     base = folder() / stem_of(spec)
-    if mode == "off" or not base.with_name(f"{base.name}.json").exists():
+    if mode == "off" or not base.with_name(f"{base.name}.json").exists() or not _trusted():
         return None
     try:
         record = json.loads(_read(base, ".json"))
@@ -214,8 +214,16 @@ def prune(max_bytes: int = 0) -> int:
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 def _make_folder() -> None:
-    """The cache holds native code that is loaded into the process, so nobody else may write it."""
     folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _trusted() -> bool:
+    """The cache holds native code that is loaded into the process, so nobody else may have written it."""
+    found = folder().stat()
+    if found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022:
+        return True
+    log.warning("kernel cache %s is not used: others can write to it (chmod 700 it, if it is yours)", folder())
+    return False
 
 
 def _read(base: Path, suffix: str) -> bytes:

@@ -53,6 +53,16 @@ def test_nobody_else_may_write_the_folder():
     assert stat.S_IMODE(cache.folder().stat().st_mode) == 0o700
 
 
+def test_a_folder_that_others_can_write_is_not_trusted(caplog):
+    cache.publish(SPEC, ARTIFACT)
+    cache.folder().chmod(0o777)
+    with caplog.at_level(logging.WARNING, "fgattn_cute"):
+        assert cache.load(SPEC) is None
+    assert "others can write to it" in caplog.text
+    cache.folder().chmod(0o755)
+    assert cache.load(SPEC) == ARTIFACT
+
+
 def test_key_depends_on_every_field_and_on_the_sources(monkeypatch):
     keys = {cache.key_of(s) for s in (SPEC, OTHER, FwdSpec(head_dim=128, slice_n=2), SPEC.redo_spec())}
     assert len(keys) == 4

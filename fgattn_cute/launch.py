@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from . import compile as compiler
+from .errors import FgAttnError, InputError, describe_tensor, refusal
 from .kernels.spec import FwdSpec
 from .problem import Problem, as_bshd
 
@@ -116,7 +117,17 @@ def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     work = plan.work(batch, heads)
     items = work.shape[0]
     tensors = (*views, lse, plan.ids, work, scale, launcher.slice_m, launcher.ctas_per_block)
-    launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms))
-    if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound):
-        launcher.redo(*tensors, items * launcher.ctas_per_block)
+    try:
+        launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms))
+        if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound):
+            launcher.redo(*tensors, items * launcher.ctas_per_block)
+    except (TypeError, ValueError) as why:
+        if isinstance(why, FgAttnError):
+            raise
+        # TVM-FFI compares every argument with the compiled signature: what checks="off" lets through ends here.
+        asked = [describe_tensor(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+        found = str(why).split(" when calling")[0]
+        raise InputError(
+            refusal("the compiled kernel refuses these arguments", asked, [found], 'checks="fast" says what to change')
+        ) from why
     return out, lse

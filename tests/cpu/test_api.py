@@ -85,6 +85,23 @@ def test_dimensions_of_size_one_may_have_any_stride():
 
 
 @pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda k: k[..., :32], "mK.shape[3]"),
+        (lambda k: torch.cat([k, k], -1)[..., ::2], "mK.strides[3]"),
+        (lambda k: torch.cat([k, k[..., :4]], -1)[..., :64], "mK.strides"),
+        (lambda k: torch.cat([k.flatten()[:1], k.flatten()])[1:].view(k.shape), "Misaligned"),
+        (lambda k: k.half(), "Mismatched"),
+    ],
+)
+def test_what_unchecked_calls_let_through_stops_at_the_kernels_signature(spoil, words):
+    q, k, v, mask = case()
+    with pytest.raises(fg.InputError) as caught:
+        fg.attention(q, spoil(k), v, mask, backend="emulator", checks="off")
+    assert words in str(caught.value) and 'checks="fast"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "arguments, error, words",
     [
         ({"backend": "gpu"}, fg.InputError, ["'auto', 'cuda', 'emulator', 'reference'"]),

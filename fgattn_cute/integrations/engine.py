@@ -159,8 +159,8 @@ class Engine:
         if self.policy.tile is not None or own % self.policy.slice_m:
             raise UnsupportedError(
                 f"a ring of {world} processes with {own} tokens each, slice_m={self.policy.slice_m}, "
-                f"tile={self.policy.tile}: each process needs whole query blocks in raster order. ulysses_degree={world} "
-                "has no such condition"
+                f"tile={self.policy.tile}: each process needs whole query blocks in raster order. "
+                f"ulysses_degree={world} has no such condition"
             )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -87,7 +87,7 @@ class SparseProcessor:
         if dense:
             self.engine.record(self.layer, 0, Record("dense"))
         for record in self.engine.fresh:
-            record.call = watch
+            record.call, record.entries = watch, len(self.engine.fresh)
         return out
 
     def _sparse(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary):
@@ -103,8 +103,8 @@ class SparseProcessor:
         if answer.calls != expected:
             raise FgAttnError(
                 f"{type(self.inner).__name__} of {self.engine.component} layer {self.layer} computed attention "
-                f"{answer.calls} times where fgattn_cute can answer, not {expected}: its result would not be the sparse "
-                "one. This version of diffusers is unknown here"
+                f"{answer.calls} times where fgattn_cute can answer, not {expected}: its result would not be the "
+                "sparse one. This version of diffusers is unknown here"
             )
         if order is None or parallel is not None:
             return out

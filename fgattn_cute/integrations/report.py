@@ -46,14 +46,15 @@ class Record:
     action: "dense", "find" (a new mask) or "reuse".
     density: (heads,) kept share of the (query, key) pairs, on the device; None where dense.
     recall: (heads,) share of the softmax mass that a new mask keeps, where measured.
-    call: time of the attention processor; find: time to find the mask.
+    call: time of the attention processor, shared by ``entries`` records; find: time to find the mask.
     mask_bytes: bytes of the mask; plan_bytes: bytes of key lists that are kept for the next steps.
     """
 
     action: str
     density: torch.Tensor | None = None
     recall: torch.Tensor | None = None
-    call: Stopwatch | None = None
+    call: Stopwatch | None = None  # set when the processor returns
+    entries: int = 1
     find: Stopwatch | None = None
     mask_bytes: int = 0
     plan_bytes: int = 0
@@ -97,7 +98,7 @@ class Report:
                     "action": record.action,
                     "density": density,
                     "recall": None if record.recall is None else _per_head(record.recall, heads),
-                    "ms": record.call.milliseconds if record.call else None,
+                    "ms": record.call.milliseconds / record.entries,
                     "find_ms": record.find.milliseconds if record.find else 0.0,
                     "mask_bytes": record.mask_bytes,
                     "plan_bytes": record.plan_bytes,

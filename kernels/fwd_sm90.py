@@ -26,6 +26,7 @@ from .smem import element_type, operand_layouts, operand_tile, storage_struct
 from .spec import ELEMENT_BYTES, WARP_ROWS, WARP_THREADS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)
+SMALLEST_SCALE = 2.0**-126
 
 
 def sequence_first(t: cute.Tensor) -> cute.Tensor:
@@ -100,7 +101,8 @@ class FgAttnForwardSm90:
             mLSE,
             mIds,
             mWork,
-            softmax_scale * LOG2_E,
+            # At scale 0 a masked score, -inf * 0, would be NaN; any scale this small weighs all keys alike.
+            cutlass.max(softmax_scale * LOG2_E, Float32(SMALLEST_SCALE)),
             slice_m,
             ctas_per_block,
             # Scalar parameters live in the constant bank, where the producer's 32 registers are not spent on them.

@@ -9,7 +9,8 @@ the end. They differ in the reference:
   exponent range of fp32, so P may be any power of two away from 1. The loop then has no maximum, no shuffles and no
   rescaling of O. A guard before each tile moves the reference of rows whose sum passed 2^60. A row whose sum passes
   2^100 inside one tile could overflow in P V before the sum does: it is poisoned (LSE = +inf) and a redo launch
-  recomputes it with ``exact``. So is a row whose first tile has no finite score.
+  recomputes it with ``exact``. So is a row whose first tile has no finite score, and (LSE = NaN) one whose O is not
+  finite.
 """
 
 import math
@@ -133,6 +134,9 @@ class Softmax:
         """Normalise O and write the rows' natural-log LSE into ``lse`` (ROWS,). No kept key: O = 0, LSE = -inf."""
         O_rows = rows_and_columns(acc_O)
         for r in cutlass.range_constexpr(ROWS):
+            if const_expr(self.fixed):
+                # P up to 2^100 times a large V may overflow where the result does not: 0 * inf makes such a row NaN.
+                self.total[r] += (O_rows[r, None].load() * 0.0).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
             total = self.row_total(r)
             if const_expr(self.fixed):
                 total = Float32.inf if total > OVERFLOW else total

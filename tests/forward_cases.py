@@ -58,7 +58,7 @@ class Case:
     slice_n: int = 1
     seqlens: tuple = (200, 333)
     fill: str = "30 %"
-    heads: Heads = Heads()
+    heads: Heads = HEADS[0]
     spec: object = None
     num_sms: int = 2
     seed: int = 0

@@ -2,14 +2,15 @@
 """The forward kernel on the emulator over the grid of problems, every check on, against the fp32 oracle.
 
 The grid is dtype x D x slice_m x slice_n x lengths x density x heads, 142 560 calls, and a kernel is compiled per
-(preset, slice_n). ``GROUPS`` names the kernels that the quick run compiles, each for eight cases. They cover every value of every axis, and every pair of
+(preset, slice_n). ``GROUPS`` names the kernels that the quick run compiles, each for eight cases. They cover every
+value of every axis, and every pair of
 
 * dtype, D and the family of slice_m (``FAMILIES``), which decide the preset;
-* a preset's rows per producer thread and the three ways to expand ids, in which slice_n enters the kernel;
+* a preset's rows per producer thread and the ways to expand ids, in which slice_n enters the kernel;
 * density with lengths, with heads and with the family of slice_m.
 
-Left to the slow run is slice_n against dtype, D and slice_m beyond that: slice_n meets them nowhere but in the address of
-a row, which depends on rows per thread and slice_n alone. ``test_the_groups_reach_every_branch`` holds the table to it.
+Left to the slow run is slice_n against dtype, D and slice_m beyond that: it meets them nowhere but in the address of a
+row, which depends on rows per thread and slice_n alone. ``test_the_groups_reach_every_branch`` holds the table to it.
 """
 
 import itertools
@@ -105,7 +106,7 @@ EXTRA_FAMILIES = {176: (144, 176)}  # rows of the last warpgroup idle by the war
 
 
 def cases(number, dtype, head_dim, family, slice_n, spec):
-    """The cases of one kernel: two ladders, and six of the other fills over lengths and heads, shifted by ``number``."""
+    """The cases of one kernel: two ladders, and six other fills over lengths and heads, shifted by ``number``."""
     slice_ms = (FAMILIES | EXTRA_FAMILIES)[family]
     plain = FILLS[:-1]
     for i in range(8):
@@ -229,5 +230,5 @@ def test_the_whole_grid(dtype, head_dim, slice_m):
 
 
 def test_a_failure_names_its_case():
-    with pytest.raises(AssertionError, match="slice_n=1.*: wrong"), named(Case()):
+    with pytest.raises(AssertionError, match=r"slice_n=1.*: wrong"), named(Case()):
         raise AssertionError("wrong")

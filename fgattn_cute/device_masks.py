@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mask kernels as functions on torch tensors: bits to lists.
+"""The mask kernels as functions on torch tensors: bits to lists, and queries and keys to bits.
 
 Nothing is read back to the host. A backend is "cuda" (tensors on a Hopper GPU) or "emulator" (CPU tensors, the same
 compiled kernels).
@@ -8,14 +8,19 @@ compiled kernels).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import torch
 
 from fgattn_cute.errors import InputError
-from fgattn_cute.kernels.mask_spec import CompactSpec
+from fgattn_cute.kernels.mask_spec import BINS, SLAB_ROWS, CompactSpec, plan_mass
+from fgattn_cute.kernels.spec import HEAD_DIMS
 
 BACKENDS = ("cuda", "emulator")
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_WANTED_CTAS = 4 * 132  # enough for every SM to hold two of them twice
+_ALIGN_ELEMS = 8  # rows of q and k start on 16 bytes
 
 
 def backend_of(x: torch.Tensor) -> str:
@@ -67,6 +72,127 @@ def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, i
     _launch(CompactSpec(step="write"), backend, (*rows, ids))
 
 
+# ---- queries and keys ----------------------------------------------------------------------------------------------
+def unfit(q: torch.Tensor, slice_m: int, slice_n: int) -> list[str]:
+    """Why the mass kernel cannot take slices of these queries: one sentence each, empty when it can."""
+    why = []
+    if q.dtype not in DTYPES:
+        why.append(f"{str(q.dtype).removeprefix('torch.')} is not one of {', '.join(DTYPES.values())}")
+    if q.shape[-1] not in HEAD_DIMS:
+        why.append(f"head_dim {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    if slice_m % SLAB_ROWS and (slice_m, slice_n) != (1, 1):
+        why.append(f"slice_m {slice_m} is not a multiple of {SLAB_ROWS}")
+    return why
+
+
+def row_lse(q: torch.Tensor, k: torch.Tensor, *, scale: float, backend: str) -> torch.Tensor:
+    """Log-sum-exp of every query over all keys: fp32 (batch, heads, seqlen_q), natural logarithm.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), k: (batch, seqlen_k, kv_heads, head_dim); 16-bit floats.
+        scale: factor on q.k.
+        backend: "cuda" or "emulator".
+    """
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    _mass(q, k, lse, None, None, "lse", 1, 1, scale, "mean", backend)
+    return lse
+
+
+def slice_bits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    tau: torch.Tensor,
+    *,
+    slice_m: int,
+    slice_n: int,
+    scale: float,
+    statistic: str,
+    backend: str,
+) -> torch.Tensor:
+    """Keep-bits of all slices whose score is at least ``tau``; see ``predict.scores.slice_mass`` for the scores.
+
+    Args:
+        q, k, scale: as for ``row_lse``.
+        lse: fp32 (batch, heads, seqlen_q), natural logarithm.
+        tau: fp32, (batch, heads, ceil(seqlen_q / slice_m)) or what broadcasts to it.
+        slice_m: a multiple of 16, or 1 together with slice_n = 1.
+        slice_n: keys of a slice.
+        statistic: "mean" or "max".
+        backend: "cuda" or "emulator".
+
+    Returns:
+        int32 (batch, heads, ceil(seqlen_q / slice_m), words), as SliceMask holds them.
+    """
+    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // slice_m))
+    words = -(-k.shape[1] // (32 * slice_n))
+    bits = torch.empty(*shape, words, dtype=torch.int32, device=q.device)
+    _mass(q, k, lse, tau.expand(shape), bits, "bits", slice_m, slice_n, scale, statistic, backend)
+    return bits
+
+
+def histogram(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    edge: torch.Tensor,
+    *,
+    shift: int,
+    unit: float | None,
+    slice_m: int,
+    slice_n: int,
+    scale: float,
+    statistic: str,
+    backend: str,
+) -> torch.Tensor:
+    """Scores of each query block by size: int32 (batch, heads, ceil(seqlen_q / slice_m), BINS).
+
+    Bin i holds the scores whose float bits, read as an integer, lie from ``edge + (i << shift)`` up to the next bin:
+    2^(23 - shift) bins per octave.
+
+    Args:
+        edge: int32, as tau of ``slice_bits`` in shape: where the bins of a query block start.
+        shift: bits that a bin spans.
+        unit: what a score of 1 adds to its bin, which holds the sum of its scores then; None counts scores.
+        q, k, lse, slice_m, slice_n, scale, statistic, backend: as for ``slice_bits``.
+    """
+    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // slice_m))
+    counts = torch.empty(*shape, BINS, dtype=torch.int32, device=q.device)
+    weight = (0.0, 1.0) if unit is None else (unit, 0.5)
+    edge = edge.expand(shape)
+    _mass(q, k, lse, edge, counts, "histogram", slice_m, slice_n, scale, statistic, backend, (shift, *weight))
+    return counts
+
+
+def _mass(q, k, lse, edge, out, output, slice_m, slice_n, scale, statistic, backend, binning=(0, 0.0, 0.0)) -> None:
+    spec, cut = plan_mass(
+        head_dim=q.shape[-1],
+        dtype=DTYPES[q.dtype],
+        output=output,
+        statistic=statistic,
+        slice_m=slice_m,
+        slice_n=slice_n,
+        seqlen_k=k.shape[1],
+    )
+    words_per_cta = cut.num_words
+    if output == "bits":
+        # Keys are independent once log-sum-exp is known, so few query blocks still fill the GPU.
+        ctas = -(-q.shape[1] // cut.rows_per_cta) * q.shape[0] * q.shape[2]
+        batches = -(-cut.num_words // cut.words)
+        words_per_cta = -(-batches * ctas // _WANTED_CTAS) if ctas < _WANTED_CTAS else batches
+        words_per_cta *= cut.words
+    lse, edge = (x if x is None else x.contiguous() for x in (lse, edge))
+    tensors = (_aligned(q), _aligned(k), lse, edge, out)
+    _launch(spec, backend, (*tensors, float(scale), *binning, words_per_cta, *dataclasses.astuple(cut)))
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """The same values in a form that TMA can read: rows contiguous and on 16 bytes."""
+    odd = x.stride(-1) != 1 or any(stride % _ALIGN_ELEMS for stride in x.stride()[:-1]) or x.data_ptr() % 16
+    return x.contiguous() if odd else x
+
+
+# ---- launching -----------------------------------------------------------------------------------------------------
 def _launch(spec, backend: str, arguments: tuple) -> None:
     """Runs a kernel on its arguments, the first of which is a tensor."""
     from fgattn_cute import compile as compiler

@@ -6,7 +6,7 @@ Extents that must agree share a symbol, which TVM-FFI then checks at every call.
 
 from __future__ import annotations
 
-from .kernels.mask_spec import CompactSpec
+from .kernels.mask_spec import CompactSpec, MassSpec
 from .kernels.spec import FwdSpec
 
 STRIDE_ELEMS = 8  # rows of q, k, v, out start on 16 bytes
@@ -26,6 +26,10 @@ def kernel_of(spec) -> tuple:
         if spec.step == "count":
             return compact_sm90.CountBits(), _count_bits()
         return compact_sm90.WriteIds(), _write_ids()
+    if isinstance(spec, MassSpec):
+        from .kernels.mass_sm90 import MassSm90
+
+        return MassSm90(spec), _mass(spec)
     raise TypeError(f"no kernel is made from a {type(spec).__name__}")
 
 
@@ -105,5 +109,25 @@ def _write_ids() -> list:
         _packed(Int64, (rows,), 8),  # offset
         _packed(Int64, (rows,), 8),  # counts
         _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
+        _stream(),
+    ]
+
+
+def _mass(spec: MassSpec) -> list:
+    from cutlass import Float32, Int32
+
+    batch, seqlen_q, seqlen_k, heads, kv_heads, blocks, width = _symbols(7)
+    edge = out = None
+    if spec.output != "lse":
+        edge = _packed(Float32 if spec.output == "bits" else Int32, (batch, heads, blocks), 4)
+        out = _packed(Int32, (batch, heads, blocks, width), 4)
+    return [
+        _activation(spec.dtype, batch, seqlen_q, heads, spec.head_dim),  # q
+        _activation(spec.dtype, batch, seqlen_k, kv_heads, spec.head_dim),  # k
+        _packed(Float32, (batch, heads, seqlen_q), 4),  # lse
+        edge,
+        out,
+        *(1.0, 1, 1.0, 1.0),  # softmax_scale, bin_shift, weight_unit, weight_base
+        *(1,) * 9,  # words_per_cta and the fields of Cut
         _stream(),
     ]

@@ -43,5 +43,5 @@ $(INSTALLED): pyproject.toml
 	@echo "installing into $(VENV), once; torch and the CUTLASS DSL take a minute or a few"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) '$(TORCH)'
-	$(PIP_INSTALL) --editable '.[cli,perf,demo,dev]'
+	$(PIP_INSTALL) --editable '.[cli,perf,demo,diffusers,dev]'
 	@touch $@

@@ -20,13 +20,15 @@ SOURCES = sorted(
 MAX_FILE_LINES = 470
 MAX_FUNCTION_LINES = 120
 MAX_KERNEL_LINES = 200  # device code: what is staged together reads best together
-FILE_ALLOWANCE: dict[str, int] = {}
+FILE_ALLOWANCE: dict[str, int] = {
+    "tests/cpu/test_convert.py": 490,  # one section for each of the ten foreign formats
+}
 FUNCTION_ALLOWANCE: dict[str, int] = {}
 
 # Third-party package -> the only files of fgattn_cute (folders end with a slash) that may import it.
 RESTRICTED = {
-    "yaml": {"presets.py"},
-    "pydantic": {"presets.py"},
+    "yaml": {"presets.py", "integrations/policy_file.py"},
+    "pydantic": {"presets.py", "integrations/policy_file.py"},
     "typer": {"cli.py"},
     "rich": {"cli.py"},
     "matplotlib": {"demo_picture.py", "pictures.py"},

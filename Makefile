@@ -37,7 +37,7 @@ slow: $(INSTALLED) ## the long tests
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or \
 	  sys.exit("fgattn_cute needs Python 3.10 to 3.13, $(PYTHON) is %d.%d: make PYTHON=/path/to/another" % v)'
 	@echo "installing into $(VENV), once; torch and the CUTLASS DSL take a minute or a few"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documents claim: the README's example runs, links lead somewhere, named commands and options exist."""
 
+import ast
 import contextlib
 import io
 import re
@@ -60,6 +61,21 @@ def test_readme_mask_examples_find_what_they_say(readme_example):
     assert always.to_dense()[..., :16].all() and not always.to_dense()[..., 16:].any()
     assert mask.to_dense().equal(cheap.to_dense() | always.to_dense())
     assert "density" in printed.getvalue() and "kept mass" in printed.getvalue()
+
+
+def test_readme_policy_is_one_that_the_integration_takes():
+    """The block needs a video model to run as a whole; its imports and its policy do not."""
+    pytest.importorskip("diffusers", reason="needs diffusers (pip install 'fgattn-cute[diffusers]')")
+    (example,) = code_blocks(ROOT / "README.md", "py")
+    tree = ast.parse(example)
+    scope: dict = {}
+    exec(compile(ast.Module([n for n in tree.body if isinstance(n, ast.ImportFrom)], []), "README.md", "exec"), scope)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "SparsePolicy"]
+    policy = eval(compile(ast.Expression(calls[0]), "README.md", "eval"), scope)
+    assert (policy.slice_m, policy.rule, policy.tau) == (128, "mass", 1e-4)
+    for family in ("Wan", "HunyuanVideo", "CogVideoX", "Mochi", "LTX"):
+        assert family in example
+        assert any(family.lower() in name.lower() for name in scope["enable"].__globals__["FAMILIES"]), family
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -61,7 +61,12 @@ class Gemm:
         if const_expr(self.cluster > 1):
             grid = (cute.round_up(grid[0], self.cluster), grid[1], 1)
         self.kernel(mma, tma_a, mA, tma_b, mB, tma_c, mC, a_smem, b_smem, c_smem).launch(
-            grid=grid, block=[THREADS, 1, 1], cluster=[self.cluster, 1, 1], stream=stream
+            grid=grid,
+            block=[THREADS, 1, 1],
+            cluster=[self.cluster, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=2,  # 128 registers per thread at launch; ptxas ignores setmaxnreg where it cannot tell
+            preferred_smem_carveout=100,
         )
 
     def storage(self, a_smem, b_smem, c_smem):
@@ -119,7 +124,7 @@ class Gemm:
             if warp_index == 4:
                 self.produce(steps, tma_a, gA, sA, tma_b, gB, sB, full, empty, rank)
         else:
-            cute.arch.setmaxregister_increase(232)
+            cute.arch.setmaxregister_increase(216)
             self.consume(steps, mma, sA, sB, sC, tma_c, mC, full, empty, thread, warp_index, rank, bm, bn)
         if const_expr(self.cluster > 1):
             cute.arch.cluster_arrive()

@@ -165,24 +165,14 @@ def test_misuse_of_the_asynchronous_group_is_found(broken):
     fault("wgmma", one_mma(**broken), [IMAGE])
 
 
-def test_late_completion_leaves_old_accumulators_until_the_wait():
-    # what a kernel without its wait would really see: checked with the wgmma checks off
-    got = torch.full((128,), -1, dtype=torch.int32)
-    ones = torch.ones(32768, dtype=torch.bfloat16).view(torch.uint8)
-    read = "mul.wide.u32 %d30, tid, 4; add.s64 %d30, %d30, a1; st.global.b32 [%d30], %r0;"
-    run(one_mma(between=read), [ones, got], checks="none", seed=0)
-    assert (got == 0).all()
-    run(one_mma(wait="wgmma.wait_group.sync.aligned 0;" + read), [ones, got], checks="none", seed=0)
-    assert (got.view(torch.float32) == 16).all()
-
-
 @pytest.mark.parametrize(
     ("broken", "kind"),
     [
         ({"extra": 1 << 49}, "descriptor"),  # base offset
+        ({"extra": 1 << 52}, "descriptor"),  # reserved bits
         ({"start": 65536 * 3}, "bounds"),  # past the CTA's shared memory
     ],
-    ids=["base offset", "outside shared memory"],
+    ids=["base offset", "reserved bits", "outside shared memory"],
 )
 def test_illegal_descriptors_are_refused(broken, kind):
     fault(kind, one_mma(**broken), [IMAGE])

@@ -150,7 +150,7 @@ def test_a_deadlock_names_who_waits_on_what_for_which_phase_since_when():
     report, _ = kinds(0, plant(*FAULTS["slot never released"][:3]))
     (finding,) = report.findings
     text = finding.message
-    for part in ("warp  4", "try_wait", "mbarrier at smem+16", "parity", "phase", "pending 4 of 4", "since"):
+    for part in ("warp  4", "try_wait", "mbarrier at smem+16", "parity", "phase", "4 of 4", "pending", "since"):
         assert part in text, f"{part!r} is missing in\n{text}"
 
 

@@ -83,7 +83,9 @@ def _compile(command: list[str]) -> str | None:
     return None if done.returncode == 0 else f"{' '.join(command)}\n{done.stdout}{done.stderr}"
 
 
-def shared_library(name: str, sources: Sequence[Path], headers: Sequence[Path] = (), libraries: Sequence[str] = ()) -> Path:
+def shared_library(
+    name: str, sources: Sequence[Path], headers: Sequence[Path] = (), libraries: Sequence[str] = (), flags: Sequence[str] = ()
+) -> Path:
     """Compiles `sources` into one shared library, or finds it in the cache.
 
     Args:
@@ -91,6 +93,7 @@ def shared_library(name: str, sources: Sequence[Path], headers: Sequence[Path] =
         sources: C files.
         headers: Files the sources include; part of the content hash.
         libraries: Linker arguments such as "-lm".
+        flags: Further compiler flags.
 
     Returns:
         The path of the library.
@@ -100,7 +103,7 @@ def shared_library(name: str, sources: Sequence[Path], headers: Sequence[Path] =
     """
     compiler = find_compiler()
     digest = hashlib.sha256()
-    for part in ("1", *compiler, _version(compiler), *BASE_FLAGS, *libraries, _cpu_features()):
+    for part in ("1", *compiler, _version(compiler), *BASE_FLAGS, *flags, *libraries, _cpu_features()):
         digest.update(part.encode() + b"\0")
     for path in [*sources, *headers]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -113,7 +116,7 @@ def shared_library(name: str, sources: Sequence[Path], headers: Sequence[Path] =
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(str(directory / f"{name}.lock")):
         if not target.exists():
-            _build(compiler, sources, headers, libraries, target)
+            _build([*compiler, *BASE_FLAGS, *flags], sources, headers, libraries, target)
     return target
 
 
@@ -125,7 +128,7 @@ def _build(
         output = Path(scratch) / target.name
         complaint = None
         for native in NATIVE_FLAGS:
-            command = [*compiler, *BASE_FLAGS, *native, *include, *map(str, sources), "-o", str(output), *libraries]
+            command = [*compiler, *native, *include, *map(str, sources), "-o", str(output), *libraries]
             said = _compile(command)
             if said is None:
                 os.replace(output, target)
@@ -136,4 +139,6 @@ def _build(
 
 def core_library() -> Path:
     """The library of the machine itself, compiled from `core/`."""
-    return shared_library("fgattn_emulator", sorted(CORE_DIR.glob("*.c")), sorted(CORE_DIR.glob("*.h")), ("-lm",))
+    sources, headers = sorted(CORE_DIR.glob("*.c")), sorted(CORE_DIR.glob("*.h"))
+    # Hidden symbols: calls inside the library are direct, and its names cannot meet those of other libraries.
+    return shared_library("fgattn_emulator", sources, headers, ("-lm",), ("-fvisibility=hidden",))

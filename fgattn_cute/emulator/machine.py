@@ -9,11 +9,21 @@ Addresses are host addresses: the "device memory" of a launch is the list of :cl
 
 from __future__ import annotations
 
+import ctypes as C
 import enum
+import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from . import abi, build
+
+if TYPE_CHECKING:
+    from .ptx import Kernel
 
 
 class Check(enum.IntFlag):
@@ -33,6 +43,7 @@ class Check(enum.IntFlag):
     RACE = enum.auto()  # shared memory races between warps and asynchronous agents (vector clocks)
     SETMAXNREG = enum.auto()  # register pool demands that can never be satisfied
     EXIT = enum.auto()  # asynchronous work still in flight when its warp or CTA exits
+    WGMMA_ORDER = enum.auto()  # with RACE: do not grant that the issue of a wgmma orders the four warps of its warpgroup
 
     ALWAYS = BOUNDS | SHARED | ALIGNMENT | DESCRIPTOR | MBARRIER | DEADLOCK
     FAST = ALWAYS | UNINIT_REGISTER | WGMMA | PROXY | SETMAXNREG | EXIT
@@ -91,7 +102,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault. The same fault of the same instruction in the same CTA counts once, with ``count`` occurrences."""
+    """One fault. Faults of one kind at one instruction are one finding: the first place they were seen, and their number."""
 
     kind: str  # one of errors.KINDS
     message: str
@@ -134,98 +145,206 @@ class LaunchResult:
     roles: list[RoleCounters] = field(default_factory=list)
 
 
-# ---- first version: runs the prototype's core, to be replaced room by room
-import ctypes as C  # noqa: E402
-import re  # noqa: E402
-import time  # noqa: E402
-from functools import lru_cache  # noqa: E402
-
-from . import build  # noqa: E402
-
-u32, u64, i32, P = C.c_uint32, C.c_uint64, C.c_int32, C.c_void_p
-
-
-class CKernel(C.Structure):
-    _fields_ = [("code", P), ("ncode", u32), ("aux", P), ("rf_init", P), ("rf_bytes", u32), ("sp", P), ("du_ptr", P), ("du", P),
-                ("static_smem", u32), ("local_bytes", u32), ("nshsym", u32), ("shsym", P), ("reg_lo", u32), ("reg_hi", u32)]
-
-
-class CLaunch(C.Structure):
-    _fields_ = [("grid", u32 * 3), ("block", u32 * 3), ("cluster", u32 * 3), ("dyn_smem", u32), ("nalloc", u32), ("alloc", P),
-                ("async_wgmma", u32), ("async_tma", u32), ("async_cp", u32), ("sched", u32), ("quantum", u32), ("checks", u32),
-                ("nthreads", u32), ("seed", u32), ("cta_order", u32), ("max_ins", u64), ("num_sms", u32), ("pad", u32)]
-
-
-class CResult(C.Structure):
-    _fields_ = [("code", i32), ("pc", u32), ("warp", u32), ("lane", u32), ("cta", u32 * 3), ("nwarn", u32), ("msg", C.c_char * 8192),
-                ("warn", C.c_char * 16384), ("ins", u64), ("lane_ins", u64), ("wgmma", u64), ("tma_bytes", u64), ("switches", u64),
-                ("stalls", u64), ("hist", u64 * 4096)]
+_SWITCHES = {name: f"CHECK_{name}" for name in Check.__members__ if f"CHECK_{name}" in abi.ENUMS["Check"]}
+NUM_COUNTERS = len(abi.CLASSES) + len(abi.COUNTERS)
+SECTOR_BYTES = 32
+MAX_WARPS = 32
+SMEM_LIMIT = 227 * 1024
+_SOURCE_MARK = re.compile(r"@pc(\d+)@")
 
 
 @lru_cache(maxsize=1)
-def _core():
-    lib = C.CDLL(str(build.core_library()))
-    lib.hsim_run.argtypes = [C.POINTER(CKernel), C.POINTER(CLaunch), C.POINTER(CResult)]
-    return lib
+def _library() -> C.CDLL:
+    library = C.CDLL(str(build.core_library()))
+    library.fge_run.argtypes = [C.POINTER(abi.Kernel), C.POINTER(abi.Launch), C.POINTER(abi.Result)]
+    abi.verify(library)
+    return library
 
 
-@lru_cache(maxsize=1)
-def _ops():
-    return {n: int(i) for n, i in re.findall(r"#define (\w+) (\d+)", (build.CORE_DIR / "ops.h").read_text())}
-
-
-WORDS = [("DEADLOCK", "deadlock"), ("instruction limit", "limit"), ("RACE", "race"), ("proxy", "proxy"), ("misaligned", "misaligned"), ("not 8-byte aligned", "misaligned"),
-         ("outside", "bounds"), ("not supported", "unsupported"), ("mbarrier", "barrier"), ("barrier", "barrier"), ("wgmma", "wgmma"), ("tensor map", "descriptor")]
-
-
-def _kind(message):
-    return next((k for w, k in WORDS if w in message), "launch")
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data
 
 
 class Machine:
-    """Runs lowered kernels."""
+    """Runs lowered kernels. It has no state of its own: what a launch knows is in its `LaunchConfig`."""
 
-    def run(self, kernel, launch: LaunchConfig) -> LaunchResult:
-        """Runs one launch to its end or to its first fatal fault."""
-        e = kernel.entry
-        k = CKernel()
-        k.code, k.ncode, k.aux = e.code_np.ctypes.data, len(e.code_np), e.aux_np.ctypes.data
-        rf = np.zeros(e.rf_bytes + 128, np.uint8)
-        o = -rf.ctypes.data % 64
-        rf[o:o + e.rf_bytes] = e.rf_init.view(np.uint8)[:e.rf_bytes]
-        k.rf_init, k.rf_bytes = rf.ctypes.data + o, e.rf_bytes
-        k.sp, k.du_ptr, k.du = e.sp_np.ctypes.data, e.du_ptr.ctypes.data, e.du_np.ctypes.data
-        k.static_smem, k.local_bytes = e.static_smem, e.local_bytes
-        k.nshsym, k.shsym = len(e.shsym), e.shsym_np.ctypes.data
-        C.memmove(e.param_addr, launch.params, len(launch.params))
-        al = sorted([(r.lo, r.hi) for r in launch.memory] + [(e.param_addr, e.param_addr + e.param_bytes)] + [(a, a + n) for a, n, _ in e.gsyms.values()])
-        merged = []
-        for lo, hi in al:
-            if merged and lo < merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], hi)
-            else:
-                merged.append([lo, hi])
-        arr = np.array(merged, np.uint64)
-        L = CLaunch()
-        L.grid[:], L.block[:], L.cluster[:] = launch.grid, launch.block, launch.cluster
-        L.dyn_smem, L.nalloc, L.alloc = launch.dynamic_smem, len(arr), arr.ctypes.data
-        L.async_wgmma, L.async_tma, L.async_cp = launch.async_wgmma, launch.async_tma, launch.async_cp
-        L.sched, L.quantum, L.cta_order = int(launch.random_schedule), launch.quantum, launch.cta_order
-        L.checks = (1 if launch.checks & Check.WGMMA or launch.async_wgmma else 0) | (2 if launch.checks & Check.PROXY else 0) | (16 if launch.checks & Check.RACE else 0)
-        L.nthreads, L.seed, L.max_ins, L.num_sms = launch.threads, launch.seed, launch.max_instructions, launch.num_sms
-        R = CResult()
-        t = time.perf_counter()
-        _core().hsim_run(C.byref(k), C.byref(L), C.byref(R))
-        res = LaunchResult(e.name, tuple(launch.grid), tuple(launch.block), tuple(launch.cluster), launch.dynamic_smem, time.perf_counter() - t)
-        res.counters = dict(instructions=R.ins, wgmma=R.wgmma, tma_bytes=R.tma_bytes)
-        for m in re.finditer(r"^pc (\d+): (.*) \(cta (\d+),(\d+),(\d+) warp (-?\d+)\)$", R.warn.decode(), flags=re.M):
-            pc = int(m[1]) if int(m[1]) < len(e.code) else None
-            line, text = kernel.where(pc) if pc is not None else (None, "")
-            res.findings.append(Finding(_kind(m[2]), m[2], pc, line, text, (int(m[3]), int(m[4]), int(m[5])), int(m[6]), None, None, False))
-        if R.code:
-            msg = re.sub(r"@pc(\d+)@", lambda m: "[PTX line %d: %s]" % kernel.where(int(m.group(1))), R.msg.decode())
-            pc = None if R.pc == 0xFFFFFFFF else R.pc
-            line, text = kernel.where(pc) if pc is not None else (None, "")
-            res.error = Finding(_kind(msg), msg, pc, line, text, tuple(R.cta), R.warp if pc is not None else None, None, None, True)
-            res.findings.append(res.error)
-        return res
+    def run(self, kernel: Kernel, launch: LaunchConfig) -> LaunchResult:
+        """Runs one launch to its end or to its first fatal fault.
+
+        Args:
+            kernel: A kernel of `ptx.load`.
+            launch: Grid, memory, parameters, schedule and checks.
+
+        Returns:
+            The result; a fault is in `error` and is not raised.
+        """
+        result = LaunchResult(kernel.name, tuple(launch.grid), tuple(launch.block), tuple(launch.cluster), launch.dynamic_smem, 0.0)
+        refused = _refusal(kernel, launch)
+        if refused is not None:
+            result.error = refused
+            result.findings.append(refused)
+            return result
+        regions, sectors = _regions(kernel, launch)
+        counters = np.zeros((MAX_WARPS, NUM_COUNTERS), np.uint64)
+        registers = np.zeros(MAX_WARPS, np.uint32)
+        params = np.zeros(kernel.param_bytes + 128, np.uint8)
+        start = -_address(params) % 128
+        params[start : start + len(launch.params)] = np.frombuffer(launch.params, np.uint8)
+
+        raw = abi.Result()
+        arguments = _c_launch(kernel, launch)
+        arguments.num_regions, arguments.regions = len(regions), _address(regions)
+        arguments.params = _address(params) + start
+        arguments.counters, arguments.warp_registers = _address(counters), _address(registers)
+        began = time.perf_counter()
+        _library().fge_run(C.byref(_c_kernel(kernel)), C.byref(arguments), C.byref(raw))
+        result.seconds = time.perf_counter() - began
+
+        result.findings = [_finding(kernel, raw, raw.findings[i]) for i in range(raw.num_findings)]
+        result.findings.sort(key=lambda f: (f.fatal, f.cta[::-1], f.pc if f.pc is not None else -1))
+        result.error = next((f for f in result.findings if f.fatal), None)
+        _count(result, counters, registers, sectors)
+        return result
+
+
+def _refusal(kernel: Kernel, launch: LaunchConfig) -> Finding | None:
+    """A launch that the driver would refuse."""
+    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    smem = kernel.static_smem + launch.dynamic_smem
+    registers = launch.registers or kernel.default_registers(threads, launch.ctas_per_sm)
+    kind, message = "limit", None
+    if not 0 < threads <= 1024:
+        message = f"a block of {threads} threads; there may be 1 to 1024"
+    elif kernel.reqntid and tuple(launch.block) != kernel.reqntid:
+        kind, message = "launch", f"block {tuple(launch.block)} differs from .reqntid {kernel.reqntid}"
+    elif kernel.reqcluster and tuple(launch.cluster) != kernel.reqcluster:
+        kind, message = "launch", f"cluster {tuple(launch.cluster)} differs from .reqnctapercluster {kernel.reqcluster}"
+    elif any(g % c for g, c in zip(launch.grid, launch.cluster, strict=True)):
+        kind, message = "launch", f"grid {tuple(launch.grid)} is not a multiple of the cluster {tuple(launch.cluster)}"
+    elif not 0 < launch.cluster[0] * launch.cluster[1] * launch.cluster[2] <= 16:
+        message = f"a cluster of {tuple(launch.cluster)}; it may have 1 to 16 CTAs"
+    elif smem > SMEM_LIMIT:
+        message = f"{smem} bytes of shared memory exceed the {SMEM_LIMIT} (227 KiB) of sm_90"
+    elif launch.ctas_per_sm > 1 and (smem + 1024) * launch.ctas_per_sm > SMEM_LIMIT + 1024:
+        message = f"{launch.ctas_per_sm} CTAs of {smem} bytes of shared memory (and 1 KiB each for the system) exceed the 228 KiB of an SM"
+    elif launch.checks & Check.SETMAXNREG and registers * threads * launch.ctas_per_sm > 65536:
+        kind = "registers"
+        message = f"{launch.ctas_per_sm} CTAs of {threads} threads with {registers} registers exceed the 65536 of an SM"
+    elif len(launch.params) > kernel.param_bytes:
+        kind, message = "launch", f"{len(launch.params)} bytes of parameters; the kernel has {kernel.param_bytes}"
+    if message is None:
+        return None
+    return Finding(kind, message, None, None, "", (0, 0, 0), None, None, None, True)
+
+
+def _regions(kernel: Kernel, launch: LaunchConfig) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """The launch's memory as sorted, disjoint records, and the bitmaps of sectors read and written in each."""
+    wanted = [r for r in launch.memory if r.hi > r.lo]
+    wanted += [Region(address, address + size) for _, address, size in kernel.module.constants if size]
+    merged: list[Region] = []
+    for region in sorted(wanted, key=lambda r: (r.lo, -r.hi)):
+        if merged and region.lo < merged[-1].hi:
+            last = merged[-1]
+            if last.written is not None or region.written is not None:
+                if (last.lo, last.hi) == (region.lo, region.hi):
+                    merged[-1] = last if last.written is not None else region
+                    continue
+                raise ValueError(f"regions {last.name or hex(last.lo)} and {region.name or hex(region.lo)} overlap, and one is tracked")
+            merged[-1] = Region(last.lo, max(last.hi, region.hi), last.name)
+        else:
+            merged.append(region)
+    records = np.zeros(max(len(merged), 1), abi.REGION)
+    sectors = []
+    for record, region in zip(records, merged, strict=False):
+        if region.written is not None and region.written.nbytes * 8 < region.hi - region.lo:
+            raise ValueError(f"the bitmap of {region.name or hex(region.lo)} is too small for {region.hi - region.lo} bytes")
+        size = (region.hi - region.lo + SECTOR_BYTES - 1) // SECTOR_BYTES // 8 + 1
+        sectors.append((np.zeros(size, np.uint8), np.zeros(size, np.uint8)))
+        record["lo"], record["hi"] = region.lo, region.hi
+        record["written"] = _address(region.written) if region.written is not None else 0
+        record["read_sectors"], record["write_sectors"] = map(_address, sectors[-1])
+    return records[: len(merged)], sectors
+
+
+def _c_kernel(kernel: Kernel) -> C.Structure:
+    return abi.Kernel(
+        code=_address(kernel.code),
+        num_code=len(kernel.code),
+        aux=_address(kernel.aux),
+        image=_address(kernel.image),
+        image_bytes=kernel.image_bytes,
+        special=_address(kernel.special),
+        num_special=len(kernel.special),
+        du_ptr=_address(kernel.du_ptr),
+        du=_address(kernel.du),
+        symbols=_address(kernel.symbols),
+        num_symbols=kernel.num_symbols,
+        static_smem=kernel.static_smem,
+        local_bytes=kernel.local_bytes,
+        num_tracked=kernel.num_tracked,
+        param_bytes=kernel.param_bytes,
+    )
+
+
+def _c_launch(kernel: Kernel, launch: LaunchConfig) -> C.Structure:
+    c = abi.Launch()
+    c.grid[:], c.block[:], c.cluster[:] = launch.grid, launch.block, launch.cluster
+    switches = abi.ENUMS["Check"]
+    wanted = Check(launch.checks) | Check.ALWAYS
+    c.checks = sum(switches[name] for member, name in _SWITCHES.items() if wanted & Check[member])
+    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    for name in ("dynamic_smem", "threads", "seed", "async_wgmma", "async_tma", "async_cp", "quantum", "cta_order", "num_sms"):
+        setattr(c, name, int(getattr(launch, name)))
+    c.random_schedule = int(launch.random_schedule)
+    c.max_instructions = launch.max_instructions
+    c.registers = launch.registers or kernel.default_registers(threads, launch.ctas_per_sm)
+    return c
+
+
+def _finding(kernel: Kernel, raw: C.Structure, record: C.Structure) -> Finding:
+    def known(value: int) -> int | None:
+        return None if value == abi.NONE else value
+
+    def source(match: re.Match) -> str:
+        line, text = kernel.where(int(match.group(1)))
+        return f"PTX line {line}: {text}"
+
+    pc = known(record.pc)
+    message = (raw.report if record.fatal else record.message).decode(errors="replace")
+    message = _SOURCE_MARK.sub(source, message)
+    if pc in kernel.unsupported:
+        message += f" ({kernel.unsupported[pc]})"
+    line, text = kernel.where(pc) if pc is not None else (None, "")
+    kind = abi.KINDS[record.kind]
+    cta, lane = tuple(record.cta), known(record.lane)
+    return Finding(kind, message, pc, line, text, cta, known(record.warp), lane, record.address or None, bool(record.fatal), record.count)
+
+
+def _named(counts: np.ndarray) -> dict[str, int]:
+    """Instruction counts by class (`instructions.<class>`), their sum, and the other counters."""
+    classes = {f"instructions.{name}": int(n) for name, n in zip(abi.CLASSES, counts, strict=False) if n}
+    others = {name: int(n) for name, n in zip(abi.COUNTERS, counts[len(abi.CLASSES) :], strict=True)}
+    return {"instructions": sum(classes.values()), **classes, **others}
+
+
+def _count(result: LaunchResult, counters: np.ndarray, registers: np.ndarray, sectors: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Fills in the counters per warp, per role and of the launch."""
+    threads = result.block[0] * result.block[1] * result.block[2]
+    warps = (threads + 31) // 32
+    result.warps = [_named(row) for row in counters[:warps]]
+    result.registers = [int(n) or None for n in registers[:warps]]
+    result.counters = _named(counters[:warps].sum(axis=0))
+    for name, which in (("distinct_global_read_bytes", 0), ("distinct_global_write_bytes", 1)):
+        result.counters[name] = SECTOR_BYTES * sum(int(np.unpackbits(pair[which]).sum()) for pair in sectors)
+    groups: list[list[int]] = []
+    for first in range(0, warps, 4):
+        members = list(range(first, min(first + 4, warps)))
+        wanted = result.registers[first]
+        if groups and wanted is not None and result.registers[groups[-1][0]] == wanted:
+            groups[-1] += members
+        else:
+            groups.append(members)
+    for members in groups:
+        wanted = result.registers[members[0]]
+        name = f"warps {members[0]}-{members[-1]}" + (f", {wanted} registers" if wanted else "")
+        result.roles.append(RoleCounters(name, tuple(members), wanted, _named(counters[members].sum(axis=0))))

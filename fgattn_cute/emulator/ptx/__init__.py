@@ -1,46 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PTX: text to what the machine executes."""
+"""PTX for the machine: parse a module, lower its kernels.
+
+    parse.py        text -> entries, statements, operands
+    builder.py      scopes, names, operands, emission;  table.py: opcode -> family
+    arithmetic.py, data.py, synchronise.py, copies.py, matrix.py    the instruction families
+    flow.py         data flow: registers in flight, liveness, registers read before they are written
+    slots.py        places in the register file
+    kernel.py       the arrays the machine runs
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import threading
+from collections import OrderedDict
 
-from . import prototype
+import numpy as np
 
+from .kernel import Kernel
+from .parse import PtxError, parse
 
-class Kernel:
-    """One lowered kernel.
+__all__ = ["Kernel", "Module", "PtxError", "load"]
 
-    Attributes:
-        name: the PTX entry.
-        params: (name, offset, bytes) of each parameter in the PTX parameter space.
-        param_bytes: size of the parameter space.
-        static_smem: bytes of static shared memory.
-        reqntid: `.reqntid`, or None.
-        reqcluster: `.reqnctapercluster`, or None.
-    """
-
-    def __init__(self, entry):
-        self.entry = entry
-        for n in ("name", "params", "param_bytes", "static_smem", "reqntid", "reqcluster"):
-            setattr(self, n, getattr(entry, n))
-
-    def where(self, pc):
-        ln = self.entry.code[pc]["line"]
-        return ln + 1, self.entry.mod.lines[ln].strip()[:200]
+_CACHE_MODULES = 64
 
 
 class Module:
-    """A loaded PTX module: `kernels` by entry name."""
+    """A loaded PTX module.
 
-    def __init__(self, text):
-        from ..machine import _ops
+    Attributes:
+        kernels: by entry name.
+        constants: host memory of the module's `.global` and `.const` variables: (name, address, bytes).
+    """
 
-        mod = prototype.Module(text)
-        self.kernels = {n: Kernel(prototype.Entry(mod, n, _ops())) for n in mod.entries}
+    def __init__(self, text: str):
+        parsed = parse(text)
+        self._memory = []
+        self.constants: list[tuple[str, int, int]] = []
+        for name, (align, initial) in parsed.constants.items():
+            raw = np.zeros(len(initial) + align, np.uint8)
+            start = -raw.ctypes.data % align
+            raw[start : start + len(initial)] = np.frombuffer(initial, np.uint8)
+            self._memory.append(raw)
+            self.constants.append((name, raw.ctypes.data + start, len(initial)))
+        addresses = {name: address for name, address, _ in self.constants}
+        self.kernels = {name: Kernel(parsed, entry, addresses) for name, entry in parsed.entries.items()}
+        for kernel in self.kernels.values():
+            kernel.module = self
 
 
-@lru_cache(maxsize=64)
+_cache: OrderedDict[str, Module] = OrderedDict()
+_lock = threading.Lock()
+
+
 def load(text: str) -> Module:
-    """Parses and lowers a PTX module (cached by its text)."""
-    return Module(text)
+    """Parses and lowers a PTX module; the last modules are cached by their text.
+
+    Raises:
+        PtxError: the text cannot be read. An instruction that is merely unknown fails when it is executed.
+    """
+    with _lock:
+        if text not in _cache:
+            _cache[text] = Module(text)
+            while len(_cache) > _CACHE_MODULES:
+                _cache.popitem(last=False)
+        _cache.move_to_end(text)
+        return _cache[text]

@@ -22,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 SLICE_M_STEP = 16
 ROW_ALIGN_BYTES = 16
 ROW_ALIGN_ELEMS = 8  # of 16-bit elements
+ROW_STRIDE_LIMIT = 2**30 - ROW_ALIGN_ELEMS  # elements from key to key: the kernel counts their bytes in int32
 INDEX_LIMIT = 2**31 - 1  # tokens and work items are counted in int32
 
 _SOUND_LIMIT = 4096
@@ -182,6 +183,13 @@ def _stride_reasons(p: Problem) -> list[Reason]:
                         f"start on {ROW_ALIGN_BYTES} bytes (call .contiguous())"
                     )
                 )
+        if name != "q" and sizes[1] > 1 and strides[1] > ROW_STRIDE_LIMIT:
+            found.append(
+                Reason(
+                    f"{name}.stride({order[1]}) = {strides[1]} elements exceeds {ROW_STRIDE_LIMIT} (call .contiguous())",
+                    UnsupportedError,
+                )
+            )
     return found
 
 

@@ -114,6 +114,19 @@ def test_offsets_beyond_two_to_the_31_elements(dimension, spec):
     assert same_bits(result.out, expected.out) and same_bits(result.lse, expected.lse)
 
 
+def test_the_widest_rows_and_the_refusal_of_wider_ones():
+    """Bytes from key to key are an int32 in the kernel, so a stride from 2^30 elements on is refused."""
+    case = Case(seqlens=(40, 3), fill="100 %")
+    q, k, v = case.tensors()
+    plan = fg.Plan.from_mask(case.mask())
+    expected = emulate(q, k, v, plan, spec=SPEC)
+    widest = far(k, (0, 2**30 - 8, 64, 1))
+    assert same_bits(emulate(q, widest, v, plan, spec=SPEC).out, expected.out)
+    with emulator.session(threads=1) as emu, pytest.raises(fg.UnsupportedError, match=r"v\.stride\(1\) = 1073741824"):
+        fg.attention(q, k, far(v, (0, 2**30, 64, 1)), plan, backend="emulator", spec=SPEC)
+    assert len(emu.report()) == 0
+
+
 @pytest.mark.parametrize("dimension", FAR)
 def test_results_beyond_two_to_the_31_elements(dimension):
     """attention() makes compact results, so the compiled kernel is called with an ``out`` of huge strides."""

@@ -186,7 +186,8 @@ def _stride_reasons(p: Problem) -> list[Reason]:
         if name != "q" and sizes[1] > 1 and strides[1] > ROW_STRIDE_LIMIT:
             found.append(
                 Reason(
-                    f"{name}.stride({order[1]}) = {strides[1]} elements exceeds {ROW_STRIDE_LIMIT} (call .contiguous())",
+                    f"{name}.stride({order[1]}) = {strides[1]} elements is more than {ROW_STRIDE_LIMIT} "
+                    "(call .contiguous())",
                     UnsupportedError,
                 )
             )

@@ -104,6 +104,7 @@ class TuneModel(_Model):
     scheduler: list[Literal["grid", "persistent"]] | None = None
     ctas_per_sm: list[int] | None = None
     ping_pong: list[bool] | None = None
+    scale_reference: list[Literal["once", "per_tile"]] | None = None
     proxy_fence: list[Literal["producer", "consumer"]] | None = None
 
 
@@ -130,6 +131,7 @@ class PresetModel(_Model):
     scheduler: Literal["grid", "persistent"] = "grid"
     ctas_per_sm: int = 1
     ping_pong: bool = False
+    scale_reference: Literal["once", "per_tile"] = "once"
     proxy_fence: Literal["producer", "consumer"] = "producer"
     registers: RegistersModel | None = Field(None, description="null takes the default of the warp layout")
     provenance: Literal["measured", "assumed"]
@@ -301,7 +303,7 @@ def _preset(entry: PresetModel, file: str) -> Preset:
         "consumer_registers": entry.registers.consumer if entry.registers else None,
         "producer_registers": entry.registers.producer if entry.registers else None,
     }
-    for key in ("softmax", "q_source", "scheduler", "ctas_per_sm", "ping_pong", "proxy_fence"):
+    for key in ("softmax", "q_source", "scheduler", "ctas_per_sm", "ping_pong", "scale_reference", "proxy_fence"):
         fields[key] = getattr(entry, key)
     tune = {key: tuple(values) for key, values in entry.tune if values is not None}
     return Preset(entry.id, file, entry.when, fields, entry.provenance, entry.measured, tune)

@@ -21,8 +21,10 @@ from .kernels.spec import FwdSpec
 from .presets import Preset, PresetFile
 from .problem import Problem
 
-# Packed rate relative to dense FA4 by tile_m where a preset has not been measured: H200, D = 128, 30 % density.
-SPEED_OF_TILE_M = {192: 1.0, 128: 0.92, 64: 0.80}
+# Packed rate relative to dense FA4 where a preset has not been measured: H200, S = 16384, D = 128, 30 % density
+# (perf/results/h200/2026-11-23-forward.jsonl). EXACT_SPEED: exact over fixed_ref softmax at tile_m 192 and 128.
+SPEED_OF_TILE_M = {192: 1.02, 128: 0.92, 64: 0.84}
+EXACT_SPEED = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,8 @@ def rows_computed(tile_m: int, slice_m: int) -> int:
 
 def speed(preset: Preset) -> float:
     """Packed rate relative to dense attention: measured on this GPU, or assumed from the tile."""
-    return preset.measured.relative_to_dense or SPEED_OF_TILE_M[preset.fields["tile_m"]]
+    assumed = SPEED_OF_TILE_M[preset.fields["tile_m"]] * (EXACT_SPEED if preset.fields["softmax"] == "exact" else 1.0)
+    return preset.measured.relative_to_dense or assumed
 
 
 def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple[Choice, str]]:

@@ -33,15 +33,17 @@ ROWS = 2  # rows of a thread in a 64-row accumulator
 
 
 class Softmax:
-    """State of one consumer thread: the reference of each of its rows in raw score units, and their partial sums.
+    """State of one consumer thread: the reference of each of its rows and their partial sums.
 
-    The reference is scaled in every tile instead of once. It costs two FMULs, and ptxas then issues all FFMAs of a row
-    before the first EX2: 2 to 3 % of the M = 64 kernel on an H200.
+    ``FwdSpec.scale_reference``: fixed_ref keeps the reference in log2 units ("once") or in raw score units, which costs
+    two FMULs per tile and makes ptxas issue all FFMAs of a row before its first EX2. Measured on an H200: per_tile wins
+    2 to 3 % at M = 64 and M = 192 and loses 3 % at M = 128 with Q in registers. exact keeps raw score units.
     """
 
     def __init__(self, spec, scale_log2: Float32):
         self.fixed = spec.softmax == "fixed_ref"
         self.scale_log2 = scale_log2
+        self.scaled = self.fixed and spec.scale_reference == "once"
         self.reference = cute.make_rmem_tensor((ROWS,), Float32)
         self.total = cute.make_rmem_tensor((ROWS,), Float32)
         self.rescale = cute.make_rmem_tensor((ROWS,), Float32)
@@ -63,7 +65,7 @@ class Softmax:
             S[r, None].store(p)
             self.total[r] = p.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
             if const_expr(self.fixed):
-                self.reference[r] = finite_top
+                self.reference[r] = shift if const_expr(self.scaled) else finite_top
                 self.total[r] = Float32.inf if top == -Float32.inf else self.total[r]
             else:
                 self.reference[r] = top
@@ -74,7 +76,7 @@ class Softmax:
         S = rows_and_columns(acc_S)
         for r in cutlass.range_constexpr(ROWS):
             if const_expr(self.fixed):
-                shift, carried = self.reference[r] * self.scale_log2, self.total[r]
+                shift, carried = self.shift(r), self.total[r]
             else:
                 before = self.reference[r]
                 top = cute.arch.fmax(self.row_max(S, r), before)
@@ -106,6 +108,7 @@ class Softmax:
         """
         high = Float32(2.0**GUARD_LOG2)
         reference, totals = self.reference, self.total
+        step = Float32(GUARD_LOG2) if const_expr(self.scaled) else Float32(GUARD_LOG2) / self.scale_log2
         if cute.arch.vote_any_sync(totals[0] > high or totals[1] > high):
             P = cute.recast_tensor(tOrP, Int32)
             O_rows = rows_and_columns(acc_O)
@@ -114,7 +117,7 @@ class Softmax:
                 hit = row_total > high
                 factor = Float32(2.0**-GUARD_LOG2) if hit else Float32(1.0)
                 pair = Int32(BF16_PAIR_SHIFT) if hit else Int32(BF16_PAIR_ONE)
-                reference[r] = reference[r] + (Float32(GUARD_LOG2) / self.scale_log2 if hit else Float32(0.0))
+                reference[r] = reference[r] + (step if hit else Float32(0.0))
                 totals[r] = Float32.inf if row_total > OVERFLOW else totals[r] * factor
                 O_rows[r, None].store(O_rows[r, None].load() * factor)
                 for i in cutlass.range_constexpr(r, cute.size(P), ROWS):
@@ -149,5 +152,9 @@ class Softmax:
             O_rows[r, None].store(O_rows[r, None].load() * inverse)
             lse[r] = -Float32.inf if empty else self.lse(r, total)
 
+    def shift(self, r: int) -> Float32:
+        """Reference of row r in log2 units."""
+        return self.reference[r] if self.scaled else self.reference[r] * self.scale_log2
+
     def lse(self, r: int, total: Float32) -> Float32:
-        return (self.reference[r] * self.scale_log2 + cute.math.log2(total, fastmath=True)) * Float32(LN2)
+        return (self.shift(r) + cute.math.log2(total, fastmath=True)) * Float32(LN2)

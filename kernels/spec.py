@@ -13,6 +13,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 SOFTMAX_MODES = ("fixed_ref", "exact")
 Q_SOURCES = ("smem", "registers")
 SCHEDULERS = ("grid", "persistent")
+REFERENCE_SCALINGS = ("once", "per_tile")
 PROXY_FENCES = ("producer", "consumer")
 
 SMEM_LIMIT_BYTES = 232_448  # opt-in shared memory of one CTA on sm_90 (227 KiB)
@@ -51,6 +52,8 @@ class FwdSpec:
     scheduler: "grid" launches one CTA per work item, "persistent" one per SM slot that strides over the items.
     ctas_per_sm: CTAs meant to be resident on one SM (1 or 2).
     ping_pong: consumer warpgroups hand the tensor cores over through named barriers.
+    scale_reference: whether fixed_ref multiplies the reference by the softmax scale once or in every tile. The
+        result is the same; the code that ptxas makes of it is not (see softmax.py).
     proxy_fence: which role orders the generic-proxy writes of cp.async before the async-proxy reads of WGMMA.
     consumer_registers, producer_registers: setmaxnreg targets; None takes the measured default of the warp layout.
     redo: second pass after a fixed_ref launch: recomputes only blocks whose LSE is +inf or NaN, with exact softmax.
@@ -67,6 +70,7 @@ class FwdSpec:
     scheduler: str = "grid"
     ctas_per_sm: int = 1
     ping_pong: bool = False
+    scale_reference: str = "once"
     proxy_fence: str = "producer"
     consumer_registers: Optional[int] = None
     producer_registers: Optional[int] = None
@@ -159,6 +163,7 @@ class FwdSpec:
             ("softmax", self.softmax, SOFTMAX_MODES),
             ("q_source", self.q_source, Q_SOURCES),
             ("scheduler", self.scheduler, SCHEDULERS),
+            ("scale_reference", self.scale_reference, REFERENCE_SCALINGS),
             ("proxy_fence", self.proxy_fence, PROXY_FENCES),
             ("tile_m", self.tile_m, (64, 128, 192)),
             ("ctas_per_sm", self.ctas_per_sm, (1, 2)),
@@ -215,7 +220,9 @@ class FwdSpec:
     # ---- derived specs --------------------------------------------------------------------------------------------
     def redo_spec(self) -> "FwdSpec":
         """The kernel that recomputes the rows a fixed_ref launch has poisoned."""
-        return dataclasses.replace(self, softmax="exact", scheduler="grid", q_source="smem", ping_pong=False, redo=True)
+        return dataclasses.replace(
+            self, softmax="exact", scheduler="grid", q_source="smem", ping_pong=False, scale_reference="once", redo=True
+        )
 
     @property
     def name(self) -> str:
@@ -228,5 +235,6 @@ class FwdSpec:
         ]
         parts += ["qreg"] * (self.q_source == "registers") + ["pers"] * (self.scheduler == "persistent")
         parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
+        parts += ["tscale"] * (self.scale_reference == "per_tile")
         parts += ["cfence"] * (self.proxy_fence == "consumer") + ["redo"] * self.redo
         return "_".join(parts)

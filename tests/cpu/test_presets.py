@@ -81,12 +81,12 @@ def test_only_the_h200_claims_measurements():
 
 
 def test_the_flagship_is_the_measured_one():
-    """lab.md of the project's evidence: M = 192, tile 80, 2 stages, ping-pong, fixed reference."""
+    """M = 192, tile 80, 2 stages, ping-pong, fixed reference scaled per tile: the fastest on an H200."""
     flagship = presets.builtin("h200").get("m192-d128")
     assert flagship.spec(dtype="bf16", head_dim=128) == FwdSpec(
-        head_dim=128, tile_m=192, tile_n=80, kv_stages=2, softmax="fixed_ref", ping_pong=True
+        head_dim=128, tile_m=192, tile_n=80, softmax="fixed_ref", ping_pong=True, scale_reference="per_tile"
     )
-    assert flagship.measured.tflops == 645.8
+    assert flagship.measured.tflops == 644.6
 
 
 def test_schema_json_is_the_generated_one():

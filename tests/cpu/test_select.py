@@ -160,7 +160,7 @@ def test_runners_up_are_the_rest_best_first():
     others = runners_up(problem(80), H200, select(problem(80), H200).spec)
     assert [r.preset_id for r in others][:3] == ["m128-exact-d128", "m64-d128", "m64-exact-d128"]
     assert others[-1].preset_id == "fallback"
-    assert "128 rows computed for 80, cost 158" in others[1].why
+    assert "128 rows computed for 80, cost 152" in others[1].why
 
 
 # ---- the GPU's facts ------------------------------------------------------------------------------------------------

@@ -202,6 +202,8 @@ def plan_mass(
 ) -> tuple:
     """(MassSpec, Cut) for slices of ``slice_m``, a multiple of 16, by ``slice_n``; or of one query by one key."""
     rows = (slice_m, slice_n) == (1, 1)
+    if rows or output == "lse":
+        statistic = "mean"  # there is nothing to take a maximum of
     columns = -(-seqlen_k // slice_n)
     tile_n = 64 if head_dim == 256 else 128
     group = 1 << max(0, (tile_n // slice_n).bit_length() - 1)

@@ -143,7 +143,7 @@ class SliceScores(MassConsumer):
 
     @cute.jit
     def score(self, index: Int32, block: Int32, place: Int32) -> Float32:
-        """Of slice ``index`` of this CTA, column ``place`` of the batch: mean mass per query, or largest probability."""
+        """Of slice ``index`` of this CTA, column ``place`` of the batch: mass per query, or largest probability."""
         spec, slots = self.spec, self.slots
         slabs = cutlass.min(self.route.slice_m // SLAB_ROWS, spec.consumer_warps)
         group, member = unsigned_divmod(place, self.route.group_slices)

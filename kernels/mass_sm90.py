@@ -9,7 +9,6 @@ mass_slices.py, mass_rows.py, mass_histogram.py.
 from typing import Optional
 
 import cuda.bindings.driver as cuda
-import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90_utils
 from cutlass import Float32, Int32, Int64, const_expr

@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 
 from fgattn_cute import bits as _bits
+from fgattn_cute import device_masks
 from fgattn_cute.errors import InputError
 from fgattn_cute.mask import SliceMask, block_rows, blocks_of, check_geometry
+from fgattn_cute.predict.histograms import select_bits
 from fgattn_cute.predict.scores import STATISTICS, slice_mass, slice_mass_bits
 from fgattn_cute.predict.select import Budget, Threshold, TopK, TopP
 from fgattn_cute.problem import LAYOUTS, as_bshd
@@ -24,6 +26,7 @@ def mass(
     scale: float | None = None,
     statistic: str = "mean",
     layout: str = "bshd",
+    backend: str | None = None,
 ) -> SliceMask:
     """Keeps slices by their exact softmax mass.
 
@@ -40,6 +43,9 @@ def mass(
         statistic: "mean" over the queries of a block (scores of a block add up to 1), or "max", the largest single
             probability in the slice.
         layout: "bshd" or "bhsd".
+        backend: "cuda" or "emulator" for the kernel (16-bit floats, slice_m a multiple of 16), "torch" for any device
+            and type; None takes the kernel where q lies on a GPU that runs it. ``predict/histograms.py`` says what the
+            rules mean there.
 
     Raises:
         InputError: shapes, devices or arguments that do not fit, every reason listed.
@@ -47,7 +53,8 @@ def mass(
     _check(q, k, lse, slice_m, slice_n, select, statistic, layout)
     q, k = as_bshd(q, layout), as_bshd(k, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    bits = _selected(q, k, lse, slice_m, slice_n, select, scale, statistic)
+    backend = _backend(q, slice_m, slice_n, backend)
+    bits = _selected(q, k, lse, slice_m, slice_n, select, scale, statistic, backend)
     return SliceMask(bits, slice_m, slice_n, q.shape[1], k.shape[1])
 
 
@@ -60,15 +67,21 @@ def pooled(
     select,
     scale: float | None = None,
     layout: str = "bshd",
+    backend: str | None = None,
 ) -> SliceMask:
     """Keeps slices by the softmax of mean-pooled queries against keys (slice_n = 1) or mean-pooled keys.
 
-    Costs about 1 / (slice_m * slice_n) of ``mass``. The scores of a query block add up to 1. Arguments as for ``mass``.
+    Costs about 1 / (slice_m * slice_n) of ``mass``. The scores of a query block add up to 1. Arguments as for ``mass``;
+    the kernel takes means that are rounded to the type of q and k.
     """
     _check(q, k, None, slice_m, slice_n, select, "mean", layout)
     q, k = as_bshd(q, layout), as_bshd(k, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    bits = _selected(_pool(q, slice_m), _pool(k, slice_n), None, 1, 1, select, scale, "mean")
+    backend = _backend(q, 1, 1, backend)
+    means = _pool(q, slice_m), _pool(k, slice_n)
+    if backend != "torch":
+        means = tuple(x.to(q.dtype) for x in means)
+    bits = _selected(*means, None, 1, 1, select, scale, "mean", backend)
     return SliceMask(bits, slice_m, slice_n, q.shape[1], k.shape[1])
 
 
@@ -113,10 +126,24 @@ def recall(
     return kept / seqlen_q
 
 
-def _selected(q, k, lse, slice_m, slice_n, select, scale, statistic) -> torch.Tensor:
+def _backend(q: torch.Tensor, slice_m: int, slice_n: int, backend: str | None) -> str:
+    """Where scores are computed. Only a choice that nobody made falls back to torch."""
+    if backend == "torch":
+        return backend
+    why = device_masks.unfit(q, slice_m, slice_n)
+    if backend is None:
+        return "torch" if why else device_masks.backend_of(q)
+    if why:
+        raise InputError(f"the mass kernel cannot find this mask (backend='torch' can): {'; '.join(why)}")
+    return backend
+
+
+def _selected(q, k, lse, slice_m, slice_n, select, scale, statistic, backend) -> torch.Tensor:
     """Keep-bits int32 (batch, heads, query blocks, words) by any rule."""
     batch, _, heads, _ = q.shape
     options = {"slice_m": slice_m, "slice_n": slice_n, "scale": scale, "statistic": statistic}
+    if backend != "torch":
+        return select_bits(q, k, lse, select, **options, backend=backend)
     if isinstance(select, Threshold):
         tau = select.of_heads(heads, q.device).expand(batch, -1)
         return slice_mass_bits(q, k, lse, tau, **options)

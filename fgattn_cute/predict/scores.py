@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax mass of slices, some query blocks at a time: the (query, key) scores of a head are never held at once.
 
-``slice_mass_bits`` is the fused form, scores straight to keep-bits, and the one function that a device kernel replaces.
+``slice_mass_bits`` is the fused form, scores straight to keep-bits. ``device_masks`` has the kernel that does the same.
 """
 
 from __future__ import annotations

@@ -147,6 +147,10 @@ class FgAttnForwardSm90:
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        scheduler = Scheduler(spec, mWork, slice_m, ctas_per_block, mQ.shape[0])
+        if const_expr(spec.redo):
+            self.exit_unless_poisoned(scheduler, mLSE, thread)
+
         storage = SmemAllocator().allocate(self.Storage)
         sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         sK = storage.sK.get_tensor(kv_layout.outer, swizzle=kv_layout.inner)
@@ -165,9 +169,6 @@ class FgAttnForwardSm90:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        scheduler = Scheduler(spec, mWork, slice_m, ctas_per_block, mQ.shape[0])
-        if const_expr(spec.redo):
-            self.exit_unless_poisoned(scheduler, mLSE, thread)
         if warp >= 4 * spec.consumer_warpgroups:
             cute.arch.setmaxregister_decrease(spec.producer_registers)
             producer_thread = thread - WARPGROUP_THREADS * spec.consumer_warpgroups

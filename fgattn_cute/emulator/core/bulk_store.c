@@ -33,8 +33,9 @@ static void execute(Machine* m, Warp* w, BulkStore* o) {
 }
 
 static void check_proxy(Machine* m, Warp* w, const BulkStore* o, u32 bytes) {
+  Cta* cta = shared_cta(m, w->cta, o->smem);
   for (u32 b = 0; b < bytes; b += 16) {
-    u32 writer = unfenced_writer(m, w, 1u << w->id, o->smem + b);
+    u32 writer = unfenced_writer(m, cta, w->proxy_fence, o->smem + b);
     if (!writer) continue;
     warn(m, KIND_PROXY, o->pc, (int)o->lane, o->smem + b,
          "the store reads smem+%u, written through the generic proxy by warp %u with no fence.proxy.async after it",

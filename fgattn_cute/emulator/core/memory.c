@@ -44,6 +44,11 @@ static inline const MemoryRegion* find_region(Machine* m, u64 address, u64 size,
 // Sets bits [first, last] of a bitmap that other host threads may be writing too.
 static inline void mark_bits(u64 bitmap, u64 first, u64 last) {
   u8* bytes = (u8*)bitmap;
+  if (first == last) {
+    u8 bit = (u8)(1u << (first & 7));
+    if (!(bytes[first >> 3] & bit)) __atomic_fetch_or(&bytes[first >> 3], bit, __ATOMIC_RELAXED);
+    return;
+  }
   for (u64 i = first >> 3; i <= last >> 3; i++) {
     u32 from = i == first >> 3 ? first & 7 : 0, to = i == last >> 3 ? last & 7 : 7;
     u8 bits = (u8)((0xffu << from) & (0xffu >> (7 - to)));
@@ -159,15 +164,18 @@ void shared_reset_shadow(Machine* m, Cta* cta) {
   (void)m;
 }
 
-u32 unfenced_writer(Machine* m, Warp* reader, u32 readers, u32 address) {
-  u64 mark = reader->cta->generic_write[(address & OFFSET_MASK) >> 4];
-  if (!mark) return 0;
+u64 last_common_fence(const Cta* cta, u32 warps) {
+  u64 time = ~0ull;
+  for (int i = 0; i < cta->num_warps; i++)
+    if ((warps >> i & 1) && cta->warps[i].proxy_fence < time) time = cta->warps[i].proxy_fence;
+  return time;
+}
+
+u32 unfenced_writer(const Machine* m, const Cta* cta, u64 fenced, u32 address) {
+  u64 mark = cta->generic_write[(address & OFFSET_MASK) >> 4], time = mark & ((1ull << MARK_SHIFT) - 1);
+  if (!mark || fenced > time) return 0;
   u32 writer = (u32)(mark >> MARK_SHIFT);
-  u64 time = mark & ((1ull << MARK_SHIFT) - 1);
-  if (m->ctas[writer >> 7].warps[(writer & 127) - 1].proxy_fence > time) return 0;
-  for (int i = 0; i < reader->cta->num_warps && i < 32; i++)
-    if ((readers >> i & 1) && reader->cta->warps[i].proxy_fence <= time) return writer & 127;
-  return 0;
+  return m->ctas[writer >> 7].warps[(writer & 127) - 1].proxy_fence > time ? 0 : writer & 127;
 }
 
 const u8* param_pointer(Machine* m, u64 offset, u64 size) {

@@ -20,9 +20,11 @@ void shared_check_written(Machine* m, Cta* cta, u32 address, u32 size, u32 pc, i
 void shared_wrote_generic(Machine* m, Warp* w, u32 address, u32 size);
 void shared_wrote_async(Machine* m, Cta* cta, u32 address, u32 size);
 void shared_reset_shadow(Machine* m, Cta* cta);
-// Warp + 1 whose generic write to the 16 bytes at `address` is not covered by a proxy fence, or 0; `readers` is the set of warps of
-// `reader`'s CTA that start the asynchronous access: a fence by the writer, or by all of them, after the write will do.
-u32 unfenced_writer(Machine* m, Warp* reader, u32 readers, u32 address);
+// Time up to which all of the warps (a set, of one CTA) have run fence.proxy.async.
+u64 last_common_fence(const Cta* cta, u32 warps);
+// Warp + 1 whose generic write to the 16 bytes at `address` of the CTA is not covered by a proxy fence, or 0: a fence after the write
+// will do, by the writer or by those who start the asynchronous access (`fenced` is their last_common_fence).
+u32 unfenced_writer(const Machine* m, const Cta* cta, u64 fenced, u32 address);
 
 // Resolves a generic or explicit-space address to a host pointer for `size` bytes.
 typedef struct { u8* pointer; bool shared; u32 address; } Place;

@@ -73,17 +73,22 @@ void wgmma_registers_a(const Warp* w, const WgmmaShape* s, f32 (*a)[2][32]) {
 }
 
 #ifdef __AVX512F__
-// `tiles` groups of 8 columns at once: 8 accumulators of 16 lanes each, so that an A value loaded is used `tiles` times.
+// `tiles` groups of 8 columns at once: 8 accumulators of 16 lanes each, so that an A value loaded is used `tiles` times. The small loops
+// must be unrolled for the accumulators to stay in registers.
+#define UNROLL _Pragma("GCC unroll 8")
 static inline __attribute__((always_inline)) void multiply_columns(u8* rf, const u32* d, const f32 (*a)[2][32], const f32* b, u32 n, u32 k_depth,
                                                                    bool accumulate, const u32 tiles) {
   __m512 acc[2][4][2];
-  for (u32 j = 0; j < tiles; j++)
-    for (u32 i = 0; i < 4; i++)
-      for (u32 h = 0; h < 2; h++)
-        acc[j][i][h] = accumulate ? _mm512_load_ps((const f32*)(rf + d[4 * j + i]) + 16 * h) : _mm512_setzero_ps();
+  UNROLL for (u32 j = 0; j < tiles; j++) {
+    UNROLL for (u32 i = 0; i < 4; i++) {
+      const f32* old = (const f32*)(rf + d[4 * j + i]);
+      acc[j][i][0] = accumulate ? _mm512_load_ps(old) : _mm512_setzero_ps();
+      acc[j][i][1] = accumulate ? _mm512_load_ps(old + 16) : _mm512_setzero_ps();
+    }
+  }
   for (u32 k = 0; k < k_depth; k++) {
     __m512 a00 = _mm512_load_ps(a[k][0]), a01 = _mm512_load_ps(a[k][0] + 16), a10 = _mm512_load_ps(a[k][1]), a11 = _mm512_load_ps(a[k][1] + 16);
-    for (u32 j = 0; j < tiles; j++) {
+    UNROLL for (u32 j = 0; j < tiles; j++) {
       const f32* columns = b + (size_t)k * n + 8 * j;
       __m512 even = _mm512_broadcast_f32x4(_mm_load_ps(columns)), odd = _mm512_broadcast_f32x4(_mm_load_ps(columns + 4));
       acc[j][0][0] = _mm512_fmadd_ps(a00, even, acc[j][0][0]), acc[j][0][1] = _mm512_fmadd_ps(a01, even, acc[j][0][1]);
@@ -92,9 +97,13 @@ static inline __attribute__((always_inline)) void multiply_columns(u8* rf, const
       acc[j][3][0] = _mm512_fmadd_ps(a10, odd, acc[j][3][0]), acc[j][3][1] = _mm512_fmadd_ps(a11, odd, acc[j][3][1]);
     }
   }
-  for (u32 j = 0; j < tiles; j++)
-    for (u32 i = 0; i < 4; i++)
-      for (u32 h = 0; h < 2; h++) _mm512_store_ps((f32*)(rf + d[4 * j + i]) + 16 * h, acc[j][i][h]);
+  UNROLL for (u32 j = 0; j < tiles; j++) {
+    UNROLL for (u32 i = 0; i < 4; i++) {
+      f32* into = (f32*)(rf + d[4 * j + i]);
+      _mm512_store_ps(into, acc[j][i][0]);
+      _mm512_store_ps(into + 16, acc[j][i][1]);
+    }
+  }
 }
 static void multiply_f32(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, u32 k_depth, bool accumulate) {
   u32 j = 0;

@@ -126,19 +126,27 @@ void operand_cache_free(Machine* m) {
 // Column of an operand's row or column in the decoded array.
 static inline u32 position(Role role, u32 mn) { return role == ROLE_A ? mn : (mn & ~7u) + (mn & 1) * 4 + (mn >> 1 & 3); }
 
+// Eight rows of eight bf16 elements, transposed; two elements at a time, which become the upper halves of f32.
+static void decode_bf16_rows(const u8* const row[8], f32* into, u32 extent) {
+  for (u32 pair = 0; pair < 4; pair++) {
+    u32 both[8], low[8], high[8];
+    for (u32 i = 0; i < 8; i++) both[i] = ((const u32*)row[i])[pair];
+    for (u32 i = 0; i < 8; i++) low[i] = both[i] << 16, high[i] = both[i] & 0xffff0000u;
+    memcpy(into + (size_t)(2 * pair) * extent, low, sizeof low);
+    memcpy(into + (size_t)(2 * pair + 1) * extent, high, sizeof high);
+  }
+}
 static void decode_k_major(Machine* m, Cta* cta, const Descriptor* r, Role role, u32 extent, u32 type, f32* data) {
   u32 bytes = operand_bytes(type), per_chunk = 16 / bytes, k_depth = 32 / bytes;
   for (u32 mn = 0; mn < extent; mn += 8)
     for (u32 k = 0; k < k_depth; k += per_chunk) {
       const u8* row[8];
       for (u32 i = 0; i < 8; i++) row[position(role, i)] = chunk_pointer(m, cta, chunk_address(r, 0, bytes, mn + i, k));
-      for (u32 e = 0; e < per_chunk; e++) {
-        f32* into = data + (size_t)(k + e) * extent + mn;
-        if (type == OPERAND_BF16)
-          for (u32 i = 0; i < 8; i++) into[i] = bf16_to_f32(((const u16*)row[i])[e]);
-        else
-          for (u32 i = 0; i < 8; i++) into[i] = operand_value(type, row[i] + e * bytes);
-      }
+      f32* into = data + (size_t)k * extent + mn;
+      if (type == OPERAND_BF16) decode_bf16_rows(row, into, extent);
+      else
+        for (u32 e = 0; e < per_chunk; e++)
+          for (u32 i = 0; i < 8; i++) into[(size_t)e * extent + i] = operand_value(type, row[i] + e * bytes);
     }
 }
 static void decode_mn_major(Machine* m, Cta* cta, const Descriptor* r, Role role, u32 extent, u32 type, f32* data) {
@@ -170,13 +178,14 @@ void operand_check(Machine* m, Warp* leader, u64 desc, Role role, u32 extent, u3
   if (!races && (!first || !(m->checks & (CHECK_PROXY | CHECK_UNINIT_SHARED)))) return;
   e->checked_groups |= 1u << group;
   Descriptor r = parse(desc);
+  u64 fenced = last_common_fence(cta, 0xfu << (leader->id & ~3u));
   u32 bytes = operand_bytes(type), k_depth = 32 / bytes, step_mn = mn_major ? 8 : 1, step_k = mn_major ? 1 : 16 / bytes;
   for (u32 mn = 0; mn < extent; mn += step_mn)
     for (u32 k = 0; k < k_depth; k += step_k) {
       u32 address = chunk_address(&r, mn_major, bytes, mn, k) | cta->rank << RANK_SHIFT;
       if (races) race_async_read(m, leader, AGENT_WGMMA, group, ticket, address, 16, pc);
       if (!first) continue;
-      u32 writer = m->checks & CHECK_PROXY ? unfenced_writer(m, leader, 0xfu << (leader->id & ~3u), address) : 0;
+      u32 writer = m->checks & CHECK_PROXY ? unfenced_writer(m, cta, fenced, address) : 0;
       if (writer)
         warn(m, KIND_PROXY, pc, -1, address, "wgmma reads smem+%u, written through the generic proxy by warp %u with no fence.proxy.async after it",
              (address & OFFSET_MASK) - SMEM_BASE, writer - 1);

@@ -230,3 +230,26 @@ CASES = (
     Case("mochi", mochi, mochi_inputs, text=(9, 5)),
     Case("ltx", ltx, ltx_inputs),
 )
+
+
+def wan_pipeline(**options):
+    """A real WanPipeline without text encoder and VAE: prompts are given as embeddings, results are latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": wan(layers=2)}
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = WanPipeline(**parts | options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_wan(pipe, steps=6, guidance=5.0, **options):
+    """One run of 5 frames of 64 x 64: a token grid of 2 x 4 x 4. Returns the latents."""
+    random = torch.Generator().manual_seed(7)
+    embeds = {
+        "prompt_embeds": torch.randn(1, 7, 16, generator=random),
+        "negative_prompt_embeds": torch.randn(1, 7, 16, generator=random),
+    }
+    size = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": steps}
+    arguments = {"guidance_scale": guidance, "generator": random, "output_type": "latent"} | embeds | size
+    return pipe(**arguments | options).frames

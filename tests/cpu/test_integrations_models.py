@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every supported transformer of diffusers: dense at density 1, right under a mask, exact in tile order, then as before."""
+"""Every supported transformer: dense at density 1, right under a mask, exact in tile order, then as before."""
 
 import copy
 import functools

@@ -73,11 +73,6 @@ def test_exceptions_hold_for_one_layer_one_transformer_and_some_heads():
     places = [(name, layer) for name in ("transformer", "transformer_2") for layer in range(6)]
     dense = [place for place in places if policy.is_dense(*place)]
     assert dense == [("transformer", 2), ("transformer", 5), ("transformer_2", 2), ("transformer_2", 5)]
-        ("transformer", 2),
-        ("transformer", 5),
-        ("transformer_2", 2),
-        ("transformer_2", 5),
-    ]
 
 
 def test_a_policy_comes_back_from_its_file(tmp_path):

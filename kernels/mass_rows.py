@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Consumers that need no reduction over queries: bits of single (query, key) pairs, and log-sum-exp."""
 
-import math
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
@@ -11,8 +9,6 @@ from .fragments import rows_and_columns
 from .mask_spec import WORD_BITS
 from .mass_consumer import ROWS, MassConsumer
 from .softmax import Softmax
-
-LN2 = math.log(2.0)
 
 
 class RowScores(MassConsumer):
@@ -23,28 +19,29 @@ class RowScores(MassConsumer):
 
     @cute.jit
     def tile(self, acc: cute.Tensor, first: Int32, group: Int32, tile: Int32, part: Int32):
-        mEdge = self.mEdge
+        mEdge, mOut = self.mEdge, self.mOut
         S = rows_and_columns(acc)
         _, limit = self.route.keys(first + group, tile)
         word = (first + group) * (self.spec.tile_n // WORD_BITS) + self.quad_lane
         for r in cutlass.range_constexpr(ROWS):
             index = self.first_row + 8 * r
             row = self.route.row(part) + index
+            is_mine = row < self.route.row_end()
+            edge = mEdge.element_type(0)
+            if is_mine:
+                edge = mEdge[self.route.batch, self.route.head, row]
             p = cute.math.exp2(S[r, None].load() * self.scale_log2 - self.lse[r], fastmath=True)
             S[r, None].store(p)
-            if row < self.route.row_end():
-                edge = mEdge[self.route.batch, self.route.head, row]
-                if const_expr(self.spec.output == "bits"):
-                    self.store_words(S, r, edge, row, word, limit)
-                else:
-                    self.count_row(S, r, edge, index, limit)
+            if const_expr(self.spec.output == "bits"):
+                bits = self.row_bits(S, r, edge, limit)
+                if is_mine and self.quad_lane < self.spec.tile_n // WORD_BITS and word < self.route.end_word:
+                    mOut[self.route.batch, self.route.head, row, word] = bits
+            elif is_mine:
+                self.count_row(S, r, edge, index, limit)
 
     @cute.jit
-    def store_words(
-        self, S: cute.Tensor, r: cutlass.Constexpr[int], tau: Float32, row: Int32, word: Int32, limit: Int32
-    ):
-        """A row's bits of one tile. Its four lanes, which are here together, each hold 8 of every 32 columns."""
-        mOut = self.mOut
+    def row_bits(self, S: cute.Tensor, r: cutlass.Constexpr[int], tau: Float32, limit: Int32) -> Int32:
+        """Word ``quad_lane`` of a row's bits of one tile. The row's four lanes hold 8 of every 32 columns each."""
         mine = Int32(0)
         for w in cutlass.range_constexpr(self.spec.tile_n // WORD_BITS):
             bits = Int32(0)
@@ -52,14 +49,12 @@ class RowScores(MassConsumer):
                 keep = S[r, 8 * w + i] >= tau
                 bits = bits | (Int32(1 << (8 * (i // 2) + i % 2)) if keep else Int32(0))
             bits = bits << (2 * self.quad_lane)
-            for distance in cutlass.range_constexpr(1, 3):
-                quad = 0xF << (self.lane & 28)
-                bits = bits | cute.arch.shuffle_sync_bfly(bits, distance, mask=quad)
+            bits = bits | cute.arch.shuffle_sync_bfly(bits, 1)
+            bits = bits | cute.arch.shuffle_sync_bfly(bits, 2)
             legal = limit - w * WORD_BITS
             bits = bits if legal >= WORD_BITS else bits & ((1 << cutlass.max(legal, 0)) - 1)
             mine = bits if self.quad_lane == w else mine
-        if self.quad_lane < self.spec.tile_n // WORD_BITS and word < self.route.end_word:
-            mOut[self.route.batch, self.route.head, row, word] = mine
+        return mine
 
     @cute.jit
     def count_row(self, S: cute.Tensor, r: cutlass.Constexpr[int], edge: Int32, index: Int32, limit: Int32):
@@ -109,7 +104,6 @@ class RowLse(MassConsumer):
         mLSE = self.mLSE
         for r in cutlass.range_constexpr(ROWS):
             total = self.softmax.row_total(r)
-            log_sum = self.softmax.reference[r] * self.scale_log2 + cute.math.log2(total, fastmath=True)
             row = self.route.row(0) + self.first_row + 8 * r
             if self.quad_lane == 0 and row < self.route.row_end():
-                mLSE[self.route.batch, self.route.head, row] = log_sum * LN2
+                mLSE[self.route.batch, self.route.head, row] = self.softmax.lse(r, total)

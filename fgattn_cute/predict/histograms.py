@@ -94,7 +94,7 @@ def _search(counts: Callable, wanted_of: Callable, device) -> torch.Tensor:
     Returns:
         fp32 (...) thresholds.
     """
-    edge = torch.tensor(LOWEST, dtype=torch.int32, device=device).view(1, 1, 1)
+    edge = torch.full((1, 1, 1), LOWEST, dtype=torch.int32, device=device)
     wanted = None
     for shift in SHIFTS:
         found = counts(edge, shift)

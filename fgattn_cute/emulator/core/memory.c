@@ -97,7 +97,12 @@ u8* global_write(Machine* m, u64 address, u64 size, int lane, const char* what) 
 Cta* shared_cta(Machine* m, Cta* cta, u32 address) {
   u32 rank = address >> RANK_SHIFT;
   if (rank == cta->rank) return cta;
-  if (rank < (u32)m->num_ctas) return &m->ctas[rank];
+  if (rank < (u32)m->num_ctas) {
+    Cta* other = &m->ctas[rank];
+    for (int i = 0; i < other->num_warps; i++)
+      if (!other->warps[i].done) return other;
+    fail_at(m, KIND_BOUNDS, -1, address, "shared address %#x lies in CTA rank %u of the cluster, all of whose warps have exited", address, rank);
+  }
   fail_at(m, KIND_BOUNDS, -1, address, "shared address %#x names CTA rank %u of a cluster of %d", address, rank, m->num_ctas);
 }
 

@@ -66,7 +66,6 @@ void finish_warp(Machine* m, Warp* w) {
   m->progress++;
   wgmma_at_exit(m, w);
   bulk_at_exit(m, w);
-  cp_async_at_exit(m, w);
   barriers_after_exit(m);
 }
 
@@ -134,7 +133,7 @@ void run_cluster(Machine* m) {
       ran += run_warp(m, warps[i], quantum);
       left += !warps[i]->done;
     }
-    if (!left) return;
+    if (!left) break;
     if (launch->max_instructions && m->instructions > launch->max_instructions) too_many_instructions(m);
     if (launch->async_tma == COMPLETE_RANDOM && m->num_tma && (random_next(m) & 3) == 0) tma_complete_one(m);
     if (m->progress != last_progress) {
@@ -149,8 +148,7 @@ void run_cluster(Machine* m) {
       continue;
     }
     bool completed = false;
-    for (int i = 0; i < num_warps && !completed; i++)
-      if (!warps[i]->done) completed = cp_async_complete_one(m, warps[i]);
+    for (int i = 0; i < num_warps && !completed; i++) completed = cp_async_complete_one(m, warps[i]);
     if (completed) {
       timed_out = false;
       continue;
@@ -163,4 +161,5 @@ void run_cluster(Machine* m) {
     timed_out = true;
     if (!time_out_waits(warps, num_warps) || ++time_outs > TIME_OUT_ROUNDS) deadlock(m, warps, num_warps);
   }
+  for (int i = 0; i < num_warps; i++) cp_async_at_exit(m, warps[i]);
 }

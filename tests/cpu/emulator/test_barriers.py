@@ -193,3 +193,11 @@ def test_register_demands_beyond_the_pool_are_refused():
 CONSUMER: setmaxnreg.inc.sync.aligned.u32 240; END:"""
     fault("registers", body, block=256, directives=".maxntid 256, 1, 1\n.minnctapersm 2", ctas_per_sm=2)
     run(body.replace("240", "200"), [], block=256, directives=".maxntid 256, 1, 1\n.minnctapersm 2", ctas_per_sm=2)
+
+
+def test_shared_memory_of_a_cta_that_has_exited_is_gone():
+    body = """mov.u32 %r1, %cluster_ctarank; setp.eq.u32 %p1, %r1, 1; @%p1 bra END; mov.b32 %r2, 0;
+SPIN: add.s32 %r2, %r2, 1; setp.lt.u32 %p2, %r2, 3000; @%p2 bra SPIN;
+mov.b32 %r3, 1; mapa.shared::cluster.u32 %r4, smem, %r3; st.shared::cluster.b32 [%r4], tid; END:"""
+    error = fault("bounds", body, grid=2, cluster=(2, 1, 1), seed=4)
+    assert "exited" in str(error)

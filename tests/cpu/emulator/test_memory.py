@@ -186,3 +186,27 @@ def test_local_memory_and_indexed_parameters():
         setup=".local .align 8 .b8 scratch[16];\n",
     )
     assert got.tolist() == list(range(32))
+
+
+LEAVE = """setp.eq.u32 %p1, warp, 1; mbarrier.init.shared::cta.b64 [smem+1024], 32; bar.sync 0; @%p1 bra CONSUME;
+shl.b32 %r1, lane, 2; add.s32 %r2, smem, %r1; cvt.u64.u32 %d1, %r1; add.s64 %d2, %d1, a0;
+cp.async.ca.shared.global [%r2], [%d2], 4; ARRIVE bra END;
+CONSUME: mbarrier.try_wait.parity.shared::cta.b64 %p5, [smem+1024], 0; @!%p5 bra CONSUME;
+shl.b32 %r1, lane, 2; add.s32 %r2, smem, %r1; ld.shared.b32 %r9, [%r2];
+cvt.u64.u32 %d1, %r1; add.s64 %d3, %d1, a1; st.global.b32 [%d3], %r9; END:"""
+
+
+def test_copies_land_after_their_warp_has_exited():
+    src = torch.arange(1, 33, dtype=I32)
+    init = "setp.ne.u32 %p7, tid, 0; @!%p7 mbarrier.init"
+    body = LEAVE.replace("mbarrier.init", init, 1)
+    for seed in SEEDS:
+        out = torch.zeros(32, dtype=I32)
+        arrive = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [smem+1024];"
+        run(body.replace("ARRIVE", arrive), [src, out], block=64, seed=seed)
+        assert torch.equal(out, src)
+    # an arrival that does not wait for the copy: with late completion the consumer comes too early
+    out = torch.zeros(32, dtype=I32)
+    early = body.replace("ARRIVE", "mbarrier.arrive.shared::cta.b64 _, [smem+1024];")
+    report = run(early, [src, out], block=64, seed=0, on_violation="collect", checks=["race"])
+    assert {f.kind for f in report.findings} == {"race"} and not torch.equal(out, src)

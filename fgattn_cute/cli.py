@@ -305,6 +305,33 @@ def _load_mask(file: Path):
     return Plan.load(file).to_mask() if storage.kind_of(file) == "plan" else SliceMask.load(file)
 
 
+@app.command("compare-videos")
+def compare_videos(
+    reference: Annotated[Path, typer.Argument(exists=True, help="Dense: a video, .gif, .npy or folder of images.")],
+    other: Annotated[Path, typer.Argument(exists=True, help="Sparse, of the same prompt, seed and size.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md and its pictures.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far one video is from another: PSNR and SSIM per frame, and a report with pictures."""
+    from fgattn_cute import quality, quality_report
+
+    comparison = quality.compare(reference, other)
+    facts = comparison.as_dict()
+    if out is not None:
+        names = (reference.stem, other.stem)
+        facts["report"] = quality_report.write(comparison, out, names if names[0] != names[1] else ("dense", "sparse"))
+    if as_json:
+        print_json(facts)
+        return
+    level, worst = (quality_report.decibels(facts[name]) for name in ("psnr", "psnr_worst"))
+    rows = [
+        ("frames", f"{facts['frames']} of {facts['width']} x {facts['height']}"),
+        ("PSNR", f"{level}, worst {worst} in frame {facts['worst_frame']}"),
+        ("SSIM", f"{facts['ssim']:.4f}, worst {facts['ssim_worst']:.4f}"),
+    ]
+    print_rows([*rows, ("report", str(facts["report"]))] if out is not None else rows)
+
+
 @app.command()
 def explain(
     seqlen: Annotated[int, typer.Option(min=1, help="Queries.")] = 32760,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Path.rglob follows the symlinks fgattn_cute/kernels and fgattn_cute/configs on some Python versions and not on others.
 SOURCES = sorted(
     path
-    for folder in ("kernels", "fgattn_cute", "perf", "tests")
+    for folder in ("kernels", "fgattn_cute", "perf", "tests", "examples")
     for path in (ROOT / folder).rglob("*.py")
     if path.resolve() == path
 )
@@ -32,7 +32,7 @@ RESTRICTED = {
     "typer": {"cli.py"},
     "rich": {"cli.py"},
     "matplotlib": {"demo_picture.py", "pictures.py"},
-    "skimage": {"demo_scene.py"},
+    "skimage": {"demo_scene.py", "quality.py"},
     "diffusers": {"integrations/"},
     "transformers": {"integrations/"},
 }

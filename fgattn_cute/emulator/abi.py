@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The structures and enums that Python and the C core share, read from `core/abi.h` and `core/ops.h`.
 
-The headers are the one source of truth: a small reader turns their typedefs into `ctypes.Structure` classes and their enums into
-dictionaries. Every structure lists its fields in simple declarations, which is all the reader understands.
+The headers are the one source of truth: a small reader turns their typedefs into `ctypes.Structure` classes and their
+enums into dictionaries. Every structure lists its fields in simple declarations, which is all the reader understands.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ STRUCTURES = _read_structures(_HEADER, ENUMS)
 Kernel, MemoryRegion, Launch = STRUCTURES["Kernel"], STRUCTURES["MemoryRegion"], STRUCTURES["Launch"]
 FindingRecord, Result = STRUCTURES["FindingRecord"], STRUCTURES["Result"]
 
-OPS = {name: i for i, name in enumerate(re.findall(r"\bX\((\w+)\)", _without_comments((CORE_DIR / "ops.h").read_text())))}
+OPS = {
+    name: i for i, name in enumerate(re.findall(r"\bX\((\w+)\)", _without_comments((CORE_DIR / "ops.h").read_text())))
+}
 
 
 def _numpy_dtype(structure: type[C.Structure]) -> np.dtype:
@@ -88,7 +90,9 @@ REGION = _numpy_dtype(MemoryRegion)
 def _names(enum: str, prefix: str) -> list[str]:
     """The members of an enum in order, without prefix, lower case; the closing ..._COUNT is left out."""
     members = sorted(ENUMS[enum].items(), key=lambda item: item[1])
-    return [name.removeprefix(prefix).lower() for name, _ in members if not name.endswith(("_COUNTERS", f"{prefix}COUNT"))]
+    return [
+        name.removeprefix(prefix).lower() for name, _ in members if not name.endswith(("_COUNTERS", f"{prefix}COUNT"))
+    ]
 
 
 CLASSES = _names("Class", "CLASS_")
@@ -103,6 +107,8 @@ def verify(library: C.CDLL) -> None:
     """Compares the structures read from the header with what the compiler made of them."""
     sizes = (C.c_uint32 * 6)()
     library.fge_abi_sizes(sizes)
-    ours = [C.sizeof(STRUCTURES[name]) for name in ("Ins", "Kernel", "MemoryRegion", "Launch", "FindingRecord", "Result")]
+    ours = [
+        C.sizeof(STRUCTURES[name]) for name in ("Ins", "Kernel", "MemoryRegion", "Launch", "FindingRecord", "Result")
+    ]
     if list(sizes) != ours:
         raise RuntimeError(f"core/abi.h is read differently by Python and C: sizes {ours} and {list(sizes)}")

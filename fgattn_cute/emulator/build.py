@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the emulator's C code on first use, cached by content.
 
-A shared library is identified by a hash of its sources, the compiler (path, version), the flags and the CPU's features, so that a cache
-directory may be shared between hosts. It is built under a file lock, in a temporary directory, and published by one rename.
+A shared library is identified by a hash of its sources, the compiler (path, version), the flags and the CPU's
+features, so that a cache directory may be shared between hosts. It is built under a file lock, in a temporary
+directory, and published by one rename.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from .errors import SetupError
 
 CORE_DIR = Path(__file__).with_name("core")
-# -ffp-contract=off: the interpreter must round exactly where PTX rounds. -fno-trapping-math lets selects of floats become masks.
+# -ffp-contract=off: the interpreter must round exactly where PTX rounds. -fno-trapping-math lets selects of floats
+# become masks.
 BASE_FLAGS = (
     "-std=gnu11 -O2 -ftree-vectorize -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-strict-aliasing"
     " -fPIC -shared -pthread -g1 -Wall -Wno-unknown-pragmas"
@@ -34,7 +36,7 @@ class EmulatorBuildError(SetupError):
 
 
 def cache_directory() -> Path:
-    """The directory of compiled libraries: `$FGATTN_CACHE_DIR/emulator`, or the user cache directory of the platform."""
+    """The directory of compiled libraries: `$FGATTN_CACHE_DIR/emulator`, or the platform's user cache directory."""
     root = os.environ.get("FGATTN_CACHE_DIR")
     if root:
         return Path(root) / "emulator"
@@ -57,8 +59,8 @@ def find_compiler() -> tuple[str, ...]:
             return (path, *words[1:])
     tried = f"CC={' '.join(wanted)}" if wanted else "cc, gcc and clang"
     raise EmulatorBuildError(
-        f"the emulator is compiled on first use and needs a C compiler, but {tried} cannot be found. Install gcc or clang "
-        "(Debian: apt install gcc libc6-dev) or set CC to one."
+        f"the emulator is compiled on first use and needs a C compiler, but {tried} cannot be found. Install gcc or "
+        "clang (Debian: apt install gcc libc6-dev) or set CC to one."
     )
 
 
@@ -84,7 +86,11 @@ def _compile(command: list[str]) -> str | None:
 
 
 def shared_library(
-    name: str, sources: Sequence[Path], headers: Sequence[Path] = (), libraries: Sequence[str] = (), flags: Sequence[str] = ()
+    name: str,
+    sources: Sequence[Path],
+    headers: Sequence[Path] = (),
+    libraries: Sequence[str] = (),
+    flags: Sequence[str] = (),
 ) -> Path:
     """Compiles `sources` into one shared library, or finds it in the cache.
 

@@ -43,7 +43,9 @@ class Check(enum.IntFlag):
     RACE = enum.auto()  # shared memory races between warps and asynchronous agents (vector clocks)
     SETMAXNREG = enum.auto()  # register pool demands that can never be satisfied
     EXIT = enum.auto()  # asynchronous work still in flight when its warp or CTA exits
-    WGMMA_ORDER = enum.auto()  # with RACE: do not grant that the issue of a wgmma orders the four warps of its warpgroup
+    WGMMA_ORDER = (
+        enum.auto()
+    )  # with RACE: do not grant that the issue of a wgmma orders the four warps of its warpgroup
 
     ALWAYS = BOUNDS | SHARED | ALIGNMENT | DESCRIPTOR | MBARRIER | DEADLOCK
     FAST = ALWAYS | UNINIT_REGISTER | WGMMA | PROXY | SETMAXNREG | EXIT
@@ -63,9 +65,10 @@ class Completion(enum.IntEnum):
 class Region:
     """A piece of device memory a launch may touch: host bytes ``[lo, hi)``.
 
-    ``written`` turns on tracking of initialised bytes: a uint8 bitmap of ``ceil((hi - lo) / 8)`` bytes, bit ``i % 8`` of
-    byte ``i // 8`` says that byte ``lo + i`` holds a value. The launch sets bits as it writes and reports reads of bytes
-    whose bit is clear; the caller keeps the array between launches and looks for elements never written afterwards.
+    ``written`` turns on tracking of initialised bytes: a uint8 bitmap of ``ceil((hi - lo) / 8)`` bytes, bit ``i % 8``
+    of byte ``i // 8`` says that byte ``lo + i`` holds a value. The launch sets bits as it writes and reports reads of
+    bytes whose bit is clear; the caller keeps the array between launches and looks for elements never written
+    afterwards.
     """
 
     lo: int
@@ -102,7 +105,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault. Faults of one kind at one instruction are one finding: the first place they were seen, and their number."""
+    """One fault. Faults of one kind at one instruction are one finding: where it was first seen, and how often."""
 
     kind: str  # one of errors.KINDS
     message: str
@@ -178,7 +181,9 @@ class Machine:
         Returns:
             The result; a fault is in `error` and is not raised.
         """
-        result = LaunchResult(kernel.name, tuple(launch.grid), tuple(launch.block), tuple(launch.cluster), launch.dynamic_smem, 0.0)
+        result = LaunchResult(
+            kernel.name, tuple(launch.grid), tuple(launch.block), tuple(launch.cluster), launch.dynamic_smem, 0.0
+        )
         refused = _refusal(kernel, launch)
         if refused is not None:
             result.error = refused
@@ -226,7 +231,10 @@ def _refusal(kernel: Kernel, launch: LaunchConfig) -> Finding | None:
     elif smem > SMEM_LIMIT:
         message = f"{smem} bytes of shared memory exceed the {SMEM_LIMIT} (227 KiB) of sm_90"
     elif launch.ctas_per_sm > 1 and (smem + 1024) * launch.ctas_per_sm > SMEM_LIMIT + 1024:
-        message = f"{launch.ctas_per_sm} CTAs of {smem} bytes of shared memory (and 1 KiB each for the system) exceed the 228 KiB of an SM"
+        message = (
+            f"{launch.ctas_per_sm} CTAs of {smem} bytes of shared memory (and 1 KiB each for the system) exceed the "
+            "228 KiB of an SM"
+        )
     elif launch.checks & Check.SETMAXNREG and registers * threads * launch.ctas_per_sm > 65536:
         kind = "registers"
         message = f"{launch.ctas_per_sm} CTAs of {threads} threads with {registers} registers exceed the 65536 of an SM"
@@ -249,7 +257,10 @@ def _regions(kernel: Kernel, launch: LaunchConfig) -> tuple[np.ndarray, list[tup
                 if (last.lo, last.hi) == (region.lo, region.hi):
                     merged[-1] = last if last.written is not None else region
                     continue
-                raise ValueError(f"regions {last.name or hex(last.lo)} and {region.name or hex(region.lo)} overlap, and one is tracked")
+                raise ValueError(
+                    f"regions {last.name or hex(last.lo)} and {region.name or hex(region.lo)} overlap, "
+                    "and one is tracked"
+                )
             merged[-1] = Region(last.lo, max(last.hi, region.hi), last.name)
         else:
             merged.append(region)
@@ -257,7 +268,9 @@ def _regions(kernel: Kernel, launch: LaunchConfig) -> tuple[np.ndarray, list[tup
     sectors = []
     for record, region in zip(records, merged, strict=False):
         if region.written is not None and region.written.nbytes * 8 < region.hi - region.lo:
-            raise ValueError(f"the bitmap of {region.name or hex(region.lo)} is too small for {region.hi - region.lo} bytes")
+            raise ValueError(
+                f"the bitmap of {region.name or hex(region.lo)} is too small for {region.hi - region.lo} bytes"
+            )
         size = (region.hi - region.lo + SECTOR_BYTES - 1) // SECTOR_BYTES // 8 + 1
         sectors.append((np.zeros(size, np.uint8), np.zeros(size, np.uint8)))
         record["lo"], record["hi"] = region.lo, region.hi
@@ -293,7 +306,17 @@ def _c_launch(kernel: Kernel, launch: LaunchConfig) -> C.Structure:
     wanted = Check(launch.checks) | Check.ALWAYS
     c.checks = sum(switches[name] for member, name in _SWITCHES.items() if wanted & Check[member])
     threads = launch.block[0] * launch.block[1] * launch.block[2]
-    for name in ("dynamic_smem", "threads", "seed", "async_wgmma", "async_tma", "async_cp", "quantum", "cta_order", "num_sms"):
+    for name in (
+        "dynamic_smem",
+        "threads",
+        "seed",
+        "async_wgmma",
+        "async_tma",
+        "async_cp",
+        "quantum",
+        "cta_order",
+        "num_sms",
+    ):
         setattr(c, name, int(getattr(launch, name)))
     c.random_schedule = int(launch.random_schedule)
     c.max_instructions = launch.max_instructions
@@ -317,7 +340,19 @@ def _finding(kernel: Kernel, raw: C.Structure, record: C.Structure) -> Finding:
     line, text = kernel.where(pc) if pc is not None else (None, "")
     kind = abi.KINDS[record.kind]
     cta, lane = tuple(record.cta), known(record.lane)
-    return Finding(kind, message, pc, line, text, cta, known(record.warp), lane, record.address or None, bool(record.fatal), record.count)
+    return Finding(
+        kind,
+        message,
+        pc,
+        line,
+        text,
+        cta,
+        known(record.warp),
+        lane,
+        record.address or None,
+        bool(record.fatal),
+        record.count,
+    )
 
 
 def _named(counts: np.ndarray) -> dict[str, int]:
@@ -327,7 +362,9 @@ def _named(counts: np.ndarray) -> dict[str, int]:
     return {"instructions": sum(classes.values()), **classes, **others}
 
 
-def _count(result: LaunchResult, counters: np.ndarray, registers: np.ndarray, sectors: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def _count(
+    result: LaunchResult, counters: np.ndarray, registers: np.ndarray, sectors: list[tuple[np.ndarray, np.ndarray]]
+) -> None:
     """Fills in the counters per warp, per role and of the launch."""
     threads = result.block[0] * result.block[1] * result.block[2]
     warps = (threads + 31) // 32

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """PTX for the machine: parse a module, lower its kernels.
 
-    parse.py        text -> entries, statements, operands
-    builder.py      scopes, names, operands, emission;  table.py: opcode -> family
-    arithmetic.py, data.py, synchronise.py, copies.py, matrix.py    the instruction families
-    flow.py         data flow: registers in flight, liveness, registers read before they are written
-    slots.py        places in the register file
-    kernel.py       the arrays the machine runs
+parse.py        text -> entries, statements, operands
+builder.py      scopes, names, operands, emission;  table.py: opcode -> family
+arithmetic.py, data.py, synchronise.py, copies.py, matrix.py    the instruction families
+flow.py         data flow: registers in flight, liveness, registers read before they are written
+slots.py        places in the register file
+kernel.py       the arrays the machine runs
 """
 
 from __future__ import annotations

@@ -18,11 +18,15 @@ def unary(b: Builder, op: str, operands: list[str], src: str = WORD, dst: str = 
     b.emit(op, a=b.src(operands[1], src), d=b.dst(operands[0], dst), x=x, n=n)
 
 
-def binary(b: Builder, op: str, operands: list[str], src: str = WORD, dst: str = WORD, second: str | None = None, x: int = 0):
+def binary(
+    b: Builder, op: str, operands: list[str], src: str = WORD, dst: str = WORD, second: str | None = None, x: int = 0
+):
     b.emit(op, a=b.src(operands[1], src), b=b.src(operands[2], second or src), d=b.dst(operands[0], dst), x=x)
 
 
-def ternary(b: Builder, op: str, operands: list[str], src: str = WORD, dst: str = WORD, third: str | None = None, x: int = 0):
+def ternary(
+    b: Builder, op: str, operands: list[str], src: str = WORD, dst: str = WORD, third: str | None = None, x: int = 0
+):
     sources = b.src(operands[1], src), b.src(operands[2], src), b.src(operands[3], third or src)
     b.emit(op, a=sources[0], b=sources[1], c=sources[2], d=b.dst(operands[0], dst), x=x)
 
@@ -46,7 +50,15 @@ def _half(b: Builder, operation: str, q: list[str], operands: list[str]) -> None
         raise Unsupported("mixed, rz or saturating 16-bit arithmetic")
     sources = [b.src(o, WORD) for o in operands[1:]] + [b.constant(WORD, 0)] * (4 - len(operands))
     x = HALF_OPERATION[operation] | (16 if q[-1].startswith("bf16") else 0)
-    b.emit("HALF", a=sources[0], b=sources[1], c=sources[2], d=b.dst(operands[0], WORD), x=x, n=2 if q[-1].endswith("x2") else 1)
+    b.emit(
+        "HALF",
+        a=sources[0],
+        b=sources[1],
+        c=sources[2],
+        d=b.dst(operands[0], WORD),
+        x=x,
+        n=2 if q[-1].endswith("x2") else 1,
+    )
 
 
 def _directed(b: Builder, operation: int, q: list[str], operands: list[str]) -> None:

@@ -54,7 +54,7 @@ class Builder:
         self.shared_offsets, self.static_smem = self._place_shared()
 
     def _place_shared(self) -> tuple[dict[str, int], int]:
-        """Static variables the kernel names first, then the dynamic block; returns offsets and the bytes before the block."""
+        """Static variables the kernel names first, then the dynamic block: offsets, and the bytes before the block."""
         used = set(re.findall(r"[\w$]+", self.entry.body))
         offsets, end = {}, 0
         for name, variable in self.module.shared.items():
@@ -202,7 +202,7 @@ class Builder:
         labels: Sequence[str] = (),
         **fields,
     ) -> Instruction:
-        """Appends an instruction. d is a definition and a, b, c are uses; name other accesses (e, aux) in `uses` and `defs`."""
+        """Appends an instruction. d is a definition and a, b, c are uses; `uses` and `defs` name others (e, aux)."""
         if op not in OPS:
             raise Unsupported(f"the machine has no {op}")
         instruction = Instruction(op, self.line, guard=self.guard, guard_not=self.guard_not, **fields)
@@ -286,8 +286,9 @@ class Builder:
             lowerings[root](self, [q for q in qualifiers if q], split_operands(rest))
         except (Unsupported, KeyError, ValueError, IndexError, StopIteration) as error:
             del self.code[start:], self._fixups[fixups:]
-            self.unsupported[start] = f"{text}: {error}" if isinstance(error, Unsupported) else f"{text}: not understood"
+            self.unsupported[start] = (
+                f"{text}: {error}" if isinstance(error, Unsupported) else f"{text}: not understood"
+            )
             self.emit("UNSUPPORTED")
         except PtxError as error:
             raise PtxError(f"line {self.line + 1}: {text}: {error}") from None
-

@@ -100,10 +100,24 @@ def _tensor_load(b, q, operands):
     tensor_map, map_offset, coordinates = _tensor(b, q, operands[1])
     barrier, wide_barrier, barrier_offset = b.address(operands[2])
     mask = _multicast_mask(b, q, operands[3:])
-    aux = [*coordinates, mask if mask is not None else NONE, map_offset, _word(barrier_offset), int(wide_barrier == WIDE)]
+    aux = [
+        *coordinates,
+        mask if mask is not None else NONE,
+        map_offset,
+        _word(barrier_offset),
+        int(wide_barrier == WIDE),
+    ]
     uses = [*coordinates, mask]
     return b.emit(
-        "TMA_LOAD", a=address, imm=offset, x=SHARED | wide, b=tensor_map, c=barrier, n=len(coordinates), aux=aux, uses=uses
+        "TMA_LOAD",
+        a=address,
+        imm=offset,
+        x=SHARED | wide,
+        b=tensor_map,
+        c=barrier,
+        n=len(coordinates),
+        aux=aux,
+        uses=uses,
     )
 
 
@@ -121,7 +135,14 @@ def _linear_load(b, q, operands, from_shared):
     size = b.src(operands[2], WORD)
     barrier, wide_barrier, barrier_offset = b.address(operands[3])
     mask = _multicast_mask(b, q, operands[4:])
-    aux = [barrier, _word(barrier_offset), int(wide_barrier == WIDE), mask if mask is not None else NONE, int(from_shared), _word(source_offset)]
+    aux = [
+        barrier,
+        _word(barrier_offset),
+        int(wide_barrier == WIDE),
+        mask if mask is not None else NONE,
+        int(from_shared),
+        _word(source_offset),
+    ]
     return b.emit("BULK_LOAD", a=address, imm=offset, x=SHARED | wide, b=source, c=size, aux=aux, uses=[barrier, mask])
 
 

@@ -10,7 +10,20 @@ from .parse import BITS, Unsupported, vector
 from .table import lowers
 
 TYPE_CODE = {
-    **{"u8": 0, "b8": 0, "s8": 1, "u16": 2, "b16": 2, "s16": 3, "u32": 4, "b32": 4, "s32": 5, "u64": 6, "b64": 6, "s64": 7},
+    **{
+        "u8": 0,
+        "b8": 0,
+        "s8": 1,
+        "u16": 2,
+        "b16": 2,
+        "s16": 3,
+        "u32": 4,
+        "b32": 4,
+        "s32": 5,
+        "u64": 6,
+        "b64": 6,
+        "s64": 7,
+    },
     **{"f16": 8, "bf16": 9, "f32": 10, "f64": 11, "f16x2": 12, "bf16x2": 13},
 }
 _SPACES = {"global": GLOBAL, "shared": SHARED, "param": PARAM, "const": GLOBAL, "local": LOCAL}
@@ -35,7 +48,9 @@ def _pack(b: Builder, destination: str, parts: list[str], bits: int) -> None:
         b.emit(f"PACK{bits}", a=b.src(parts[0], part), b=b.src(parts[1], part), d=b.dst(destination, whole))
     else:
         registers = [b.src(p, WORD) for p in parts]
-        b.emit("PACK_PARTS", aux=registers, uses=registers, d=b.dst(destination, kind(f"b{bits}")), n=len(parts), x=each)
+        b.emit(
+            "PACK_PARTS", aux=registers, uses=registers, d=b.dst(destination, kind(f"b{bits}")), n=len(parts), x=each
+        )
 
 
 @lowers("mov")
@@ -58,9 +73,19 @@ def mov(b, q, operands):
 
 # ---------------------------------------------------------------------------------------------------------- conversions
 _DIRECT = {
-    **{("u64", "u32"): "CVT_U64_U32", ("s64", "u32"): "CVT_U64_U32", ("s64", "s32"): "CVT_S64_S32", ("u64", "s32"): "CVT_S64_S32"},
+    **{
+        ("u64", "u32"): "CVT_U64_U32",
+        ("s64", "u32"): "CVT_U64_U32",
+        ("s64", "s32"): "CVT_S64_S32",
+        ("u64", "s32"): "CVT_S64_S32",
+    },
     **{(d, s): "CVT_U32_U64" for d in ("u32", "s32") for s in ("u64", "s64")},
-    **{("f32", "s32"): "CVT_F32_S32", ("f32", "u32"): "CVT_F32_U32", ("f32", "bf16"): "CVT_F32_BF16", ("u32", "u16"): "CVT_U32_U16"},
+    **{
+        ("f32", "s32"): "CVT_F32_S32",
+        ("f32", "u32"): "CVT_F32_U32",
+        ("f32", "bf16"): "CVT_F32_BF16",
+        ("u32", "u16"): "CVT_U32_U16",
+    },
 }
 _ROUNDING = {"rn": 0, "rz": 1, "rm": 2, "rp": 3, "rni": 4, "rzi": 5, "rmi": 6, "rpi": 7}
 RELU, RZ, E5M2 = 1, 2, 4
@@ -180,7 +205,17 @@ def _atomic(b: Builder, q: list[str], results: list[str], operands: list[str]) -
     destinations = [b.dst(name, k) for name in results] or [None] * len(values)
     address, wide_address, offset = b.address(operands[0])
     x = space_of(q) | wide_address | _ATOMIC.index(operation) << 4 | TYPE_CODE[ty] << 8
-    b.emit("ATOM", a=address, c=swap, aux=values + destinations, uses=values, defs=destinations, n=len(values), imm=offset, x=x)
+    b.emit(
+        "ATOM",
+        a=address,
+        c=swap,
+        aux=values + destinations,
+        uses=values,
+        defs=destinations,
+        n=len(values),
+        imm=offset,
+        x=x,
+    )
 
 
 @lowers("atom")
@@ -206,4 +241,3 @@ def cache_hint(b, q, operands):
 @lowers("activemask")
 def activemask(b, q, operands):
     b.emit("ACTIVEMASK", d=b.dst(operands[0], WORD))
-

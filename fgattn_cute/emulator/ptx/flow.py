@@ -3,7 +3,8 @@
 
 Four questions are answered once here, so that the machine need not ask them of every instruction it runs:
 
-* which registers a wgmma may own at each instruction (`FLIGHT`: only these accesses can be hazards or moves to be deferred);
+* which registers a wgmma may own at each instruction (`FLIGHT`: only these accesses can be hazards or moves to be
+  deferred);
 * which accesses may fall between a wgmma.fence and its wgmma (`TOUCH`: in a correct kernel usually none);
 * which reads may see a register that no path has written (bookkeeping is inserted around these registers only);
 * which registers are live where (for the sharing of slots, ptx/slots.py).
@@ -275,7 +276,9 @@ def track_unwritten(flow: Flow, code: list[Instruction], registers: list[Value])
         if doubtful and not instruction.is_move:
             out.extend(_checks(instruction, doubtful, flow, i, number))
         out.append(instruction)
-        out.extend(_marks(instruction, doubtful, [number[r.index] for r in instruction.defs if r.index in number], number))
+        out.extend(
+            _marks(instruction, doubtful, [number[r.index] for r in instruction.defs if r.index in number], number)
+        )
     place.append(len(out))
     for instruction in out:
         instruction.targets = [place[t] for t in instruction.targets]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from ..abi import CLASS
 
-# Kinds of slots: predicate (32 bits, one per lane), and 32-, 64-, 128-bit lanes. 8- and 16-bit registers live in 32-bit lanes.
+# Kinds of slots: predicate (32 bits, one per lane), and 32-, 64-, 128-bit lanes. 8- and 16-bit registers live in 32-bit
+# lanes.
 PREDICATE, WORD, DOUBLE, QUAD = "p", "w", "d", "q"
 KIND_OF_BITS = {1: PREDICATE, 8: WORD, 16: WORD, 32: WORD, 64: DOUBLE, 128: QUAD}
 SLOT_BYTES = {WORD: 128, DOUBLE: 256, QUAD: 512}
@@ -17,12 +18,14 @@ SLOT_BYTES = {WORD: 128, DOUBLE: 256, QUAD: 512}
 GENERIC, GLOBAL, SHARED, PARAM, LOCAL = range(5)
 WIDE = 8
 
-MOVES = frozenset({"MOV16", "MOV32", "MOV64", "MOV128", "PACK32", "PACK64", "PACK128", "UNPACK32", "UNPACK64", "UNPACK128"})
+MOVES = frozenset(
+    {"MOV16", "MOV32", "MOV64", "MOV128", "PACK32", "PACK64", "PACK128", "UNPACK32", "UNPACK64", "UNPACK128"}
+)
 
 
 @dataclass(eq=False)
 class Value:
-    """An operand: a virtual register, or a constant, special register or shared-memory address kept in a slot of its own."""
+    """An operand: a virtual register, or a constant, special register or shared-memory address in a slot of its own."""
 
     kind: str
     origin: str  # "register", "constant", "special", "shared"
@@ -64,7 +67,10 @@ class Instruction:
 
 
 _CLASS_OF_PREFIX = (
-    (("BRA", "EXIT", "TRAP", "UNSUPPORTED", "YIELD", "SETMAXNREG", "CLOCK", "MARK_", "COPY_WRITTEN", "CHECK_"), CLASS.CONTROL),
+    (
+        ("BRA", "EXIT", "TRAP", "UNSUPPORTED", "YIELD", "SETMAXNREG", "CLOCK", "MARK_", "COPY_WRITTEN", "CHECK_"),
+        CLASS.CONTROL,
+    ),
     (("EX2_", "LG2_", "RCP_F32", "SQRT_F32", "RSQRT_F32", "SIN_", "COS_", "TANH_"), CLASS.MUFU),
     (("SETP_", "SELP", "AND_PRED", "OR_PRED", "XOR_PRED", "MOV_PRED"), CLASS.PREDICATE),
     (("MBARRIER_",), CLASS.MBARRIER),

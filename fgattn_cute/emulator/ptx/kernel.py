@@ -90,7 +90,9 @@ class Kernel:
             imm = ins.targets[0] if ins.op == "BRA" else ins.imm
             flags = ins.flags | (FLAG.GUARD_NOT if ins.guard_not else 0)
             operands = [offset(v) for v in (ins.guard, ins.d, ins.a, ins.b, ins.c, ins.e)]
-            rows.append((OPS[ins.op], instruction_class(ins), flags, *operands, ins.x, ins.n, len(aux), ins.line, 0, imm, 0))
+            rows.append(
+                (OPS[ins.op], instruction_class(ins), flags, *operands, ins.x, ins.n, len(aux), ins.line, 0, imm, 0)
+            )
             aux.extend(offset(v) if v is None or isinstance(v, Value) else v for v in ins.aux)
             if ins.flags & (FLAG.FLIGHT | FLAG.TOUCH):
                 accesses.extend(_slots(ins.uses, 0))

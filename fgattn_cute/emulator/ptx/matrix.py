@@ -84,7 +84,9 @@ def _wgmma_mma(b, q, operands):
     desc_a = 0 if in_registers else b.src(operands[1], DOUBLE)
     desc_b = b.src(operands[2], DOUBLE)
     scale_text = operands[3]
-    scale = b.predicate_constant(immediate(scale_text, 32)) if is_immediate(scale_text) else b.src(scale_text, PREDICATE)
+    scale = (
+        b.predicate_constant(immediate(scale_text, 32)) if is_immediate(scale_text) else b.src(scale_text, PREDICATE)
+    )
     numbers = [immediate(o, 32) for o in operands[4:]]
     negate, majors = int((numbers[0] == -1) != (numbers[1] == -1)), numbers[2:]
     major_a = major_b = 0

@@ -10,14 +10,28 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 BITS = {
-    **{"b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32},
+    **{
+        "b8": 8,
+        "u8": 8,
+        "s8": 8,
+        "b16": 16,
+        "u16": 16,
+        "s16": 16,
+        "f16": 16,
+        "bf16": 16,
+        "b32": 32,
+        "u32": 32,
+        "s32": 32,
+        "f32": 32,
+    },
     **{"f16x2": 32, "bf16x2": 32, "tf32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "b128": 128, "pred": 1},
     **{"e4m3x2": 16, "e5m2x2": 16},
 }
 
 _ENTRY = re.compile(r"(?:\.(?:visible|weak)\s+)*\.entry\s+([\w$]+)\s*(\(|\{|\.)")
 _VARIABLE = re.compile(
-    r"^[ \t]*((?:\.(?:visible|extern|weak)\s+)*)\.(shared|global|const)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?"
+    r"^[ \t]*((?:\.(?:visible|extern|weak)\s+)*)\.(shared|global|const)\s+"
+    r"(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?"
     r"\.(\w+)\s+([\w$]+)\s*((?:\[\d*\])*)\s*(=[^;]*)?;",
     flags=re.M,
 )
@@ -81,7 +95,7 @@ def is_immediate(text: str) -> bool:
 
 
 def immediate(text: str, bits: int = 64) -> int:
-    """The bit pattern of an immediate as an integer (negative integers stay negative). `bits` selects the float width."""
+    """The bit pattern of an immediate as an integer (negative integers stay negative). `bits` is the float width."""
     text = text.strip()
     if text[:2] in ("0f", "0F"):
         return int(text[2:], 16)
@@ -97,7 +111,11 @@ def immediate(text: str, bits: int = 64) -> int:
 
 
 def _float_bits(value: float, bits: int) -> int:
-    return struct.unpack("<I", struct.pack("<f", value))[0] if bits == 32 else struct.unpack("<Q", struct.pack("<d", value))[0]
+    return (
+        struct.unpack("<I", struct.pack("<f", value))[0]
+        if bits == 32
+        else struct.unpack("<Q", struct.pack("<d", value))[0]
+    )
 
 
 def split_operands(text: str) -> list[str]:

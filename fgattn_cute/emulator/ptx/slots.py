@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places for values in the register file: registers that are never live together share slots.
 
-A slot holds all 32 lanes of a register. Lanes are threads of their own, so sharing is safe wherever it would be safe for one thread.
-Sharing matters for speed only: it keeps the register file of a warp in the cache.
+A slot holds all 32 lanes of a register. Lanes are threads of their own, so sharing is safe wherever it would be safe
+for one thread. Sharing matters for speed only: it keeps the register file of a warp in the cache.
 """
 
 from __future__ import annotations

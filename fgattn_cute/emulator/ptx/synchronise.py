@@ -31,7 +31,7 @@ def nanosleep(b, q, operands):
 
 @lowers("griddepcontrol", "membar", "pmevent", "brkpt")
 def nothing(b, q, operands):
-    """Launches are complete before the next one starts, and memory is sequentially consistent: these have nothing to do."""
+    """Launches are complete before the next starts, and memory is sequentially consistent: nothing is left to do."""
     b.emit("NOP")
 
 
@@ -63,7 +63,18 @@ def shfl(b, q, operands):
     mode = ("idx", "up", "down", "bfly").index(q[1])
     a, lane, clamp, members = (b.src(o, WORD) for o in operands[1:5])
     valid = b.dst(names[1], PREDICATE) if len(names) > 1 else None
-    b.emit("SHFL", a=a, b=lane, c=clamp, d=b.dst(names[0], WORD), e=valid, defs=[valid], aux=[members], uses=[members], x=mode)
+    b.emit(
+        "SHFL",
+        a=a,
+        b=lane,
+        c=clamp,
+        d=b.dst(names[0], WORD),
+        e=valid,
+        defs=[valid],
+        aux=[members],
+        uses=[members],
+        x=mode,
+    )
 
 
 @lowers("vote")
@@ -79,18 +90,33 @@ def match(b, q, operands):
     names, k = _split_pair(operands[0]), kind(q[-1])
     same = b.dst(names[1], PREDICATE) if len(names) > 1 else None
     x = (k == DOUBLE) | ("all" in q) << 1
-    b.emit("MATCH", a=b.src(operands[1], k), b=b.src(operands[2], WORD), d=b.dst(names[0], WORD), e=same, defs=[same], x=x)
+    b.emit(
+        "MATCH", a=b.src(operands[1], k), b=b.src(operands[2], WORD), d=b.dst(names[0], WORD), e=same, defs=[same], x=x
+    )
 
 
 _REDUX = {
-    **{("add", "u32"): 0, ("add", "s32"): 0, ("min", "s32"): 1, ("max", "s32"): 2, ("min", "u32"): 3, ("max", "u32"): 4},
+    **{
+        ("add", "u32"): 0,
+        ("add", "s32"): 0,
+        ("min", "s32"): 1,
+        ("max", "s32"): 2,
+        ("min", "u32"): 3,
+        ("max", "u32"): 4,
+    },
     **{("and", "b32"): 5, ("or", "b32"): 6, ("xor", "b32"): 7},
 }
 
 
 @lowers("redux")
 def redux(b, q, operands):
-    b.emit("REDUX", a=b.src(operands[1], WORD), b=b.src(operands[2], WORD), d=b.dst(operands[0], WORD), x=_REDUX[q[1], q[-1]])
+    b.emit(
+        "REDUX",
+        a=b.src(operands[1], WORD),
+        b=b.src(operands[2], WORD),
+        d=b.dst(operands[0], WORD),
+        x=_REDUX[q[1], q[-1]],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- barriers

@@ -17,6 +17,7 @@ import itertools
 
 import pytest
 
+from fgattn_cute import compile as compiler
 from fgattn_cute.kernels.spec import FwdSpec
 from tests.forward_cases import DTYPES, FILLS, HEAD_DIMS, HEADS, SEQLENS, SLICE_MS, SLICE_NS, Case, check, named
 
@@ -31,6 +32,8 @@ GROUPS = (
     ("bf16", 128, 192, 1, None),
     ("bf16", 128, 192, 8, "m192-exact-d128"),
     ("bf16", 128, 192, 5, "m192-exact-d128"),
+    ("bf16", 128, 192, 3, "m192-exact-d128"),
+    ("bf16", 128, 192, 64, "m192-exact-d128"),
     ("bf16", 128, 128, 64, None),
     ("bf16", 128, 128, 100, "m128-exact-d128"),
     ("bf16", 128, 64, 3, "m64-exact-d128"),
@@ -140,17 +143,19 @@ def test_every_case_of_a_kernel_is_within_the_contract(number):
         check(case)
 
 
-def expansion(spec):
-    """The way in which kernels/gather.py turns ids into rows, from its definition."""
-    if spec.rows_per_thread % spec.slice_n == 0:
-        return "ids"
-    return "one" if spec.slice_n % spec.rows_per_thread == 0 else "each"
+def expansion_of(spec):
+    """The kernel's own name for the way in which it turns ids into rows."""
+    compiler._import_dsl()  # tells the DSL its architecture, before the kernel's file imports it
+    from fgattn_cute.kernels.gather import Positions
+
+    how = Positions(spec).expansion
+    return f"{how}, {'split' if spec.slice_n <= spec.row_groups else 'joined'} lines" if how == "spread" else how
 
 
 def facts_of(case):
     """What a case makes the kernel do, as (name, value, ...) tuples."""
     spec, keep = case.kernel(), case.keep()
-    how, shares = expansion(spec), -(-case.slice_m // spec.tile_m)
+    how, shares = expansion_of(spec), -(-case.slice_m // spec.tile_m)
     last = case.seqlens[1] - (case.blocks[1] - 1) * case.slice_n  # keys of the last segment
     lists = keep.flatten(0, 2)
     keys = lists.sum(-1) * case.slice_n - lists[:, -1] * (case.slice_n - last)
@@ -176,10 +181,11 @@ def test_the_groups_reach_every_branch():
     table = [case for number, group in enumerate(ALL_GROUPS) for case in cases(number, *group)]
     for case in table:
         seen.update(facts_of(case))
-    want = {("tiles", n, how) for n in range(4) for how in ("ids", "one", "each")}
+    ways = ("ids", "one", "each", "spread, split lines", "spread, joined lines")
+    want = {("tiles", n, how) for n in range(4) for how in ways}
     want |= set(itertools.product(("tiles",), range(4), ("grid", "persistent"), ("fixed_ref", "exact")))
     want |= set(itertools.product(("tail",), ("1", "tile - 1", "tile", "other"), ("fixed_ref", "exact")))
-    want |= {("short segment", how) for how in ("ids", "one", "each")}
+    want |= {("short segment", how) for how in ways}
     want |= set(itertools.product(("softmax",), ("fixed_ref", "exact"), ("grid", "persistent"), ("smem",)))
     want |= {("softmax", "fixed_ref", "persistent", "registers"), ("softmax", "exact", "grid", "registers")}
     want |= set(itertools.product(("ping_pong",), (False, True), ("fixed_ref", "exact")))
@@ -192,8 +198,9 @@ def test_the_groups_reach_every_branch():
     want |= set(itertools.product(("shares",), (1, 2), (False, True)))
     want |= {("items per CTA", "several", "with empty ones"), ("items per CTA", "several", "all full")}
     # Rows per thread of the presets' tiles (tile_n 80, 128, 96, 64; at D = 96 of 96 and 128): what slice_n meets.
-    want |= {("expansion", "ids", r) for r in (3, 4, 5, 6, 8)} | {("expansion", "each", r) for r in (3, 4, 5, 6, 8)}
-    want |= {("expansion", "one", r) for r in (4, 5, 8)}
+    want |= {("expansion", "ids", r) for r in (3, 4, 5, 6, 8)} | {("expansion", "each", r) for r in (3, 4, 5, 8)}
+    want |= {("expansion", "one", r) for r in (4, 5, 8)} | {("expansion", "spread, split lines", r) for r in (3, 5)}
+    want |= {("expansion", "spread, joined lines", r) for r in (5, 6)}
     assert not want - seen, f"no case reaches {sorted(want - seen, key=str)}"
 
 

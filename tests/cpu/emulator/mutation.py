@@ -39,6 +39,7 @@ class Subject:
     kernel: str  # a part of the PTX entry's name
     run: Callable[[], float]
     tolerance: float
+    options: dict = field(default_factory=dict)  # of the session
     ptx: str = ""
     clean: set = field(default_factory=set)  # what the unbroken kernel is reported for
 
@@ -118,6 +119,8 @@ def mutations(ptx: str) -> Iterator[Mutation]:
         yield _mutation("drop mbarrier wait", lines, passes)
         yield _mutation("mbarrier wait for the other parity", lines, {i: _flip_parity(lines[i]) for i in site})
     for i, line in enumerate(lines):
+        if re.search(r"\bmov\.b32\s+%\w+, 1073741888;", line):  # upper half: 128-byte swizzle, 1024-byte stride
+            yield _mutation("operand in 64-byte swizzle", lines, {i: line.replace("1073741888", "2147483712")})
         if re.search(r"\b(or|mov)\.b64\b.*", line) and (m := re.search(r"-?\b\d{16,20}\b", line)):
             value = int(m[0]) & (2**64 - 1)
             if value >> 62 == 1:
@@ -199,8 +202,8 @@ def try_mutation(subject: Subject, mutation: Mutation, seeds: list[int]) -> Outc
 
 def _once(subject: Subject, seed: int, edit) -> tuple[float, list]:
     """One run; violations are collected, and only what stops a launch for good makes the error infinite."""
-    options = {"seed": seed, "on_violation": "collect", "edit_ptx": edit, "max_instructions": MAX_INSTRUCTIONS}
-    with emulator.session(**options) as emu:
+    options = {"on_violation": "collect", "edit_ptx": edit, "max_instructions": MAX_INSTRUCTIONS, **subject.options}
+    with emulator.session(seed=seed, **options) as emu:
         error = subject.run(emu)
     findings = emu.report().findings
     return error, findings

@@ -56,7 +56,7 @@ def problem(spec, slice_m, seqlens, heads, density, last_keys):
     return q, k, v, plan, out.float(), lse
 
 
-def forward(name, density=0.4, seqlens=(192, 1200), heads=1, slice_m=None, tile_n=64, **fields):
+def forward(name, density=0.4, seqlens=(192, 1200), heads=1, slice_m=None, tile_n=64, options=None, **fields):
     """fg.attention on random lists, against the fp32 oracle.
 
     What the kernel must not use shows if it is used: keys that a head keeps nowhere are NaN in K and V, key 0 among
@@ -73,16 +73,16 @@ def forward(name, density=0.4, seqlens=(192, 1200), heads=1, slice_m=None, tile_
     def run(emu):
         worst = 0.0
         for q, k, v, plan, want, want_lse in problems:
-            options = {"return_lse": True, "backend": "emulator", "spec": spec, "logit_bound": 20.0}
+            how = {"return_lse": True, "backend": "emulator", "spec": spec, "logit_bound": 20.0}
             with nan_filled_memory():
-                out, lse = fg.attention(q, k, v, plan, **options)
+                out, lse = fg.attention(q, k, v, plan, **how)
             finite = torch.isfinite(want_lse)
             lse_error = (lse - want_lse)[finite].abs().max() if torch.equal(torch.isfinite(lse), finite) else 1e9
             error = torch.maximum((out.float() - want).abs().max(), torch.as_tensor(10.0 * lse_error))
             worst = max(worst, float(error.nan_to_num(1e9)))
         return worst
 
-    return Subject(name, spec.name, run, 0.02)
+    return Subject(name, spec.name, run, 0.02, options or {})
 
 
 SUBJECTS = {
@@ -91,7 +91,13 @@ SUBJECTS = {
     "GEMM, cluster of two with multicast": lambda: gemm("gemm-cluster", cluster=2),
     "forward, exact softmax, one warpgroup": lambda: forward("exact", softmax="exact", tile_m=64),
     "forward, fixed reference, persistent, ping-pong": lambda: forward(
-        "fixed_ref", scheduler="persistent", ping_pong=True, q_source="registers", heads=2
+        "fixed_ref",
+        scheduler="persistent",
+        ping_pong=True,
+        q_source="registers",
+        heads=2,
+        seqlens=(256, 1200),
+        options={"num_sms": 1},  # one CTA strides over all items
     ),
     "forward, consumer's fence, blocks of 48 queries": lambda: forward(
         "rows", softmax="exact", tile_m=64, proxy_fence="consumer", slice_m=48, seqlens=(144, 1200)

@@ -73,7 +73,7 @@ def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, i
 
 
 # ---- queries and keys ----------------------------------------------------------------------------------------------
-def unfit(q: torch.Tensor, slice_m: int, slice_n: int) -> list[str]:
+def unfit(q: torch.Tensor, slice_m: int, slice_n: int, scale: float) -> list[str]:
     """Why the mass kernel cannot take slices of these queries: one sentence each, empty when it can."""
     why = []
     if q.dtype not in DTYPES:
@@ -82,6 +82,8 @@ def unfit(q: torch.Tensor, slice_m: int, slice_n: int) -> list[str]:
         why.append(f"head_dim {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}")
     if slice_m % SLAB_ROWS and (slice_m, slice_n) != (1, 1):
         why.append(f"slice_m {slice_m} is not a multiple of {SLAB_ROWS}")
+    if not 0 <= scale < float("inf"):
+        why.append(f"scale {scale} is not finite and at least 0 (negate q instead)")
     return why
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the consumers of the mass kernel share: the walk over the tiles, Q K^T, and each query's log-sum-exp.
 
-Subclasses say what becomes of a tile's scores: ``part`` runs once per turn of Q, ``tile`` once per tile and ``batch``
-when the scores of a batch of words are complete.
+Subclasses say what becomes of a tile's scores: ``tile`` runs once per tile and ``batch`` when the scores of a batch of
+words are complete.
 """
 
 import math

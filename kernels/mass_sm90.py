@@ -11,7 +11,7 @@ from typing import Optional
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90_utils
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.memory import SmemAllocator
 
@@ -158,9 +158,9 @@ class MassSm90:
         if warp == spec.consumer_warps:
             MassLoader(spec, route, pipes, tma_q, mQ, sQ, tma_k, mK, sK).run()
         else:
-            self.make_consumer(
-                storage, mEdge, mOut, binning, (spec, route, pipes, mma, sQ, sK, mLSE, thread, scale_log2)
-            ).run()
+            consumer = self.consumer_class()(spec, route, pipes, mma, sQ, sK, mLSE, thread, scale_log2)
+            self.bind(consumer, storage, mEdge, mOut, binning)
+            consumer.run()
 
     def make_pipes(self, barriers) -> tuple:
         """(Q, K) pipes over consecutive mbarriers; a TMA load completes a full barrier by its bytes."""
@@ -169,21 +169,23 @@ class MassSm90:
         k = Edge("k", spec.kv_stages, 1, spec.consumer_warps)
         return Pipe(q, barriers), Pipe(k, barriers + 2 * q.stages)
 
-    def make_consumer(self, storage, mEdge, mOut, binning, common):
+    def consumer_class(self):
+        if self.spec.output == "lse":
+            return RowLse
+        return RowScores if self.spec.rows else SliceScores
+
+    def bind(self, consumer, storage, mEdge, mOut, binning):
+        """Give a consumer what its output needs."""
         spec = self.spec
-        if const_expr(spec.output == "lse"):
-            consumer = RowLse(*common)
+        if spec.output == "lse":
             consumer.bind()
-            return consumer
+            return
         histogram = None
-        if const_expr(spec.output == "histogram"):
+        if spec.output == "histogram":
             counts = storage.histogram.get_tensor(cute.make_layout(spec.histogram_elements))
-            histogram = Histogram(spec, common[1], counts, *binning)
-        if const_expr(spec.rows):
-            consumer = RowScores(*common)
+            histogram = Histogram(spec, consumer.route, counts, *binning)
+        if spec.rows:
             consumer.bind(histogram, mEdge, mOut)
         else:
-            consumer = SliceScores(*common)
             slots = storage.slots.get_tensor(cute.make_layout((spec.slots, spec.consumer_warps)))
             consumer.bind(slots, histogram, mEdge, mOut)
-        return consumer

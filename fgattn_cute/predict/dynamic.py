@@ -53,7 +53,7 @@ def mass(
     _check(q, k, lse, slice_m, slice_n, select, statistic, layout)
     q, k = as_bshd(q, layout), as_bshd(k, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = _backend(q, slice_m, slice_n, backend)
+    backend = _backend(q, slice_m, slice_n, scale, backend)
     bits = _selected(q, k, lse, slice_m, slice_n, select, scale, statistic, backend)
     return SliceMask(bits, slice_m, slice_n, q.shape[1], k.shape[1])
 
@@ -77,7 +77,7 @@ def pooled(
     _check(q, k, None, slice_m, slice_n, select, "mean", layout)
     q, k = as_bshd(q, layout), as_bshd(k, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = _backend(q, 1, 1, backend)
+    backend = _backend(q, 1, 1, scale, backend)
     means = _pool(q, slice_m), _pool(k, slice_n)
     if backend != "torch":
         means = tuple(x.to(q.dtype) for x in means)
@@ -126,11 +126,11 @@ def recall(
     return kept / seqlen_q
 
 
-def _backend(q: torch.Tensor, slice_m: int, slice_n: int, backend: str | None) -> str:
+def _backend(q: torch.Tensor, slice_m: int, slice_n: int, scale: float, backend: str | None) -> str:
     """Where scores are computed. Only a choice that nobody made falls back to torch."""
     if backend == "torch":
         return backend
-    why = device_masks.unfit(q, slice_m, slice_n)
+    why = device_masks.unfit(q, slice_m, slice_n, scale)
     if backend is None:
         return "torch" if why else device_masks.backend_of(q)
     if why:

@@ -255,12 +255,14 @@ def test_what_the_kernel_refuses():
         find(predict.mass, q[..., :32], k[..., :32], TopK(1), "emulator")
     with pytest.raises(InputError, match="backend='cpu' is not one of"):
         find(predict.mass, q, k, TopK(1), "cpu")
+    with pytest.raises(InputError, match=r"scale -1\.0 is not finite and at least 0"):
+        find(predict.mass, q, k, TopK(1), "emulator", scale=-1.0)
     # A choice that nobody made falls back.
     assert find(predict.mass, q.float(), k.float(), TopK(1), None).density > 0
 
 
 # ---- the compiled code ---------------------------------------------------------------------------------------------
-GEOMETRIES = [(m, n) for m in (16, 64, 128, 192, 208) for n in (1, 2, 3, 8, 64, 128, 1000)] + [(1, 1)]
+GEOMETRIES = [(m, n) for m in (64, 128, 192, 208) for n in (1, 2, 3, 8, 64, 1000)] + [(1, 1)]
 
 
 def every_spec():
@@ -326,6 +328,6 @@ def test_compiled_code(spec):
 
 @needs_nvdisasm
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [s for s in every_spec() if s.dtype == "bf16"], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [spec for spec in every_spec() if spec.dtype == "bf16"], ids=lambda spec: spec.name)
 def test_compiled_code_of_every_kernel(spec):
     check_code(spec)

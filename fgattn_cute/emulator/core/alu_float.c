@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Floating-point instructions (PTX ISA 9.7.3 to 9.7.5). Multiplications and additions are never contracted here, while ptxas may fuse an
-// unrounded mul and add into one fma: results may then differ from the chip's in the last bit. x: bit 0 .ftz, bit 1 .sat.
+// Floating-point instructions (PTX ISA 9.7.3 to 9.7.5). Multiplications and additions are never contracted here, while
+// ptxas may fuse an unrounded mul and add into one fma: results may then differ from the chip's in the last bit. x: bit
+// 0 .ftz, bit 1 .sat.
 #include "lanes.h"
 #include "numeric.h"
 
@@ -13,44 +14,44 @@ static inline f32 finish(f32 r, u32 x) {
 }
 static inline f32 operand(f32 a, u32 x) { return x & X_FTZ ? flush(a) : a; }
 
-#define BINARY_F32(NAME, EXPRESSION)                 \
-  HANDLER(NAME) {                                    \
-    UNUSED(m);                                       \
-    f32* D = (f32*)(w->rf + I->d);                   \
-    const f32* A = (const f32*)(w->rf + I->a);       \
-    const f32* B = (const f32*)(w->rf + I->b);       \
-    u32 x = I->x;                                    \
-    if (!x) {                                        \
-      LANES({                                        \
-        f32 a = A[l];                                \
-        f32 b = B[l];                                \
-        D[l] = (EXPRESSION);                         \
-      })                                             \
-    } else {                                         \
-      LANES({                                        \
-        f32 a = operand(A[l], x);                    \
-        f32 b = operand(B[l], x);                    \
-        D[l] = finish((EXPRESSION), x);              \
-      })                                             \
-    }                                                \
-    return FLOW_NEXT;                                \
+#define BINARY_F32(NAME, EXPRESSION)           \
+  HANDLER(NAME) {                              \
+    UNUSED(m);                                 \
+    f32* D = (f32*)(w->rf + I->d);             \
+    const f32* A = (const f32*)(w->rf + I->a); \
+    const f32* B = (const f32*)(w->rf + I->b); \
+    u32 x = I->x;                              \
+    if (!x) {                                  \
+      LANES({                                  \
+        f32 a = A[l];                          \
+        f32 b = B[l];                          \
+        D[l] = (EXPRESSION);                   \
+      })                                       \
+    } else {                                   \
+      LANES({                                  \
+        f32 a = operand(A[l], x);              \
+        f32 b = operand(B[l], x);              \
+        D[l] = finish((EXPRESSION), x);        \
+      })                                       \
+    }                                          \
+    return FLOW_NEXT;                          \
   }
-#define UNARY_F32(NAME, EXPRESSION)                  \
-  HANDLER(NAME) {                                    \
-    UNUSED(m);                                       \
-    f32* D = (f32*)(w->rf + I->d);                   \
-    const f32* A = (const f32*)(w->rf + I->a);       \
-    u32 x = I->x;                                    \
-    LANES({                                          \
-      f32 a = operand(A[l], x);                      \
-      D[l] = finish((EXPRESSION), x);                \
-    })                                               \
-    return FLOW_NEXT;                                \
+#define UNARY_F32(NAME, EXPRESSION)            \
+  HANDLER(NAME) {                              \
+    UNUSED(m);                                 \
+    f32* D = (f32*)(w->rf + I->d);             \
+    const f32* A = (const f32*)(w->rf + I->a); \
+    u32 x = I->x;                              \
+    LANES({                                    \
+      f32 a = operand(A[l], x);                \
+      D[l] = finish((EXPRESSION), x);          \
+    })                                         \
+    return FLOW_NEXT;                          \
   }
 
 BINARY_F32(ADD_F32, a + b)
 BINARY_F32(SUB_F32, a - b)
-BINARY_F32(MUL_F32, a * b)
+BINARY_F32(MUL_F32, a* b)
 BINARY_F32(DIV_F32, a / b)
 BINARY_F32(MIN_F32, min_number(a, b))
 BINARY_F32(MAX_F32, max_number(a, b))
@@ -74,8 +75,8 @@ HANDLER(FMA_F32) {
   return FLOW_NEXT;
 }
 
-// Directed rounding of add, mul and fma: round the exact result, taken in double where that is exact enough, toward the wanted side.
-// x bits 4-5: 1 rz, 2 rm, 3 rp; bits 6-7: 0 add, 1 sub, 2 mul, 3 fma.
+// Directed rounding of add, mul and fma: round the exact result, taken in double where that is exact enough, toward the
+// wanted side. x bits 4-5: 1 rz, 2 rm, 3 rp; bits 6-7: 0 add, 1 sub, 2 mul, 3 fma.
 static f32 round_directed(f64 exact, u32 mode) {
   f32 r = (f32)exact;
   f64 v = (f64)r;
@@ -101,8 +102,8 @@ HANDLER(DIRECTED_F32) {
   return FLOW_NEXT;
 }
 
-// The approximations (ex2, lg2, rcp, sqrt, rsqrt, sin, cos, tanh .approx) are as accurate here as the C library; the chip's are within
-// the bounds the PTX ISA gives (ex2 and rcp: 2 and 1 ulp; tanh: 2^-11).
+// The approximations (ex2, lg2, rcp, sqrt, rsqrt, sin, cos, tanh .approx) are as accurate here as the C library; the
+// chip's are within the bounds the PTX ISA gives (ex2 and rcp: 2 and 1 ulp; tanh: 2^-11).
 HANDLER(EX2_F32) {
   UNUSED(m);
   f32* D = (f32*)(w->rf + I->d);
@@ -123,7 +124,7 @@ UNARY_F32(TANH_F32, tanhf(a))
 // ---- f64
 BINARY(ADD_F64, f64, f64, f64, a + b)
 BINARY(SUB_F64, f64, f64, f64, a - b)
-BINARY(MUL_F64, f64, f64, f64, a * b)
+BINARY(MUL_F64, f64, f64, f64, a* b)
 BINARY(DIV_F64, f64, f64, f64, a / b)
 TERNARY(FMA_F64, f64, f64, f64, f64, fma(a, b, c))
 BINARY(MIN_F64, f64, f64, f64, fmin(a, b))
@@ -176,8 +177,10 @@ HANDLER(HALF_UNARY) {  // x: 0 neg, 1 abs, 2 ex2, 3 tanh, bit 4 bf16; n elements
   bool bf16 = I->x >> 4 & 1;
   LANES({
     u32 a = A[l], r = 0;
-    if (operation == 0) r = a ^ (0x8000 * ones);
-    else if (operation == 1) r = a & (0x7fff * ones);
+    if (operation == 0)
+      r = a ^ (0x8000 * ones);
+    else if (operation == 1)
+      r = a & (0x7fff * ones);
     else
       for (u32 i = 0; i < n; i++) {
         f32 x = half_to_f32(a >> 16 * i, bf16);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asynchronous copies: TMA tiles, bulk copies, cp.async. When they take effect is decided by the launch (enum Completion).
+// Asynchronous copies: TMA tiles, bulk copies, cp.async. When they take effect is decided by the launch (enum
+// Completion).
 #ifndef FGE_ASYNC_H
 #define FGE_ASYNC_H
 #include "machine.h"

@@ -14,8 +14,10 @@ static u32 live_warps(const Cta* cta) {
 static void deliver(const NamedBarrier* b, Warp* w, const Ins* I, u32 mask) {
   if (I->op != OP_BAR_RED) return;
   u32 mode = I->x & 15;
-  if (mode == 0) FOR_LANES(mask, l) reg32(w, I->d)[l] = b->true_threads;
-  else set_pred(w, I->d, mask, (mode == 1 ? b->true_threads == b->expected : b->true_threads > 0) ? FULL : 0);
+  if (mode == 0)
+    FOR_LANES(mask, l) reg32(w, I->d)[l] = b->true_threads;
+  else
+    set_pred(w, I->d, mask, (mode == 1 ? b->true_threads == b->expected : b->true_threads > 0) ? FULL : 0);
 }
 
 // Lets every fragment of the CTA that waits at barrier `id` go on behind it.
@@ -44,10 +46,12 @@ static Flow arrive(Machine* m, Warp* w, const Ins* I, u32 mask, bool wait, u32 t
   u32 id = uniform32(m, reg32(w, I->a), mask, "the id of a barrier"), expected = live_warps(cta) * 32;
   if (id > 15) fail(m, KIND_BARRIER, "barrier id %u: there are 16", id);
   if (I->b != NONE) expected = uniform32(m, reg32(w, I->b), mask, "the thread count of a barrier");
-  if (!expected || expected & 31) fail(m, KIND_BARRIER, "barrier %u: thread count %u is not a positive multiple of 32", id, expected);
+  if (!expected || expected & 31)
+    fail(m, KIND_BARRIER, "barrier %u: thread count %u is not a positive multiple of 32", id, expected);
   NamedBarrier* b = &cta->barrier[id];
   if (b->arrived && b->expected != expected)
-    fail(m, KIND_BARRIER, "barrier %u is used with %u threads while another use of the same phase expects %u", id, expected, b->expected);
+    fail(m, KIND_BARRIER, "barrier %u is used with %u threads while another use of the same phase expects %u", id,
+         expected, b->expected);
   if (!b->arrived) b->true_threads = 0;
   b->true_threads += true_threads;
   b->expected = expected;
@@ -96,7 +100,8 @@ static void check_cluster(Machine* m) {
 void barriers_after_exit(Machine* m) { check_cluster(m); }
 
 HANDLER(CLUSTER_ARRIVE) {
-  UNUSED(I), UNUSED(mask);
+  UNUSED(I)
+  , UNUSED(mask);
   if (!converged(m, w, FULL)) return FLOW_LEAVE;
   w->cluster_generation = m->cluster_generation;
   m->cluster_arrived++;
@@ -106,7 +111,8 @@ HANDLER(CLUSTER_ARRIVE) {
   return FLOW_NEXT;
 }
 HANDLER(CLUSTER_WAIT) {
-  UNUSED(I), UNUSED(mask);
+  UNUSED(I)
+  , UNUSED(mask);
   if (!converged(m, w, FULL)) return FLOW_LEAVE;
   count(w, COUNT_BARRIER_SYNCS, 1);
   if (m->cluster_generation != w->cluster_generation) {

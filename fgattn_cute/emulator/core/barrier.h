@@ -4,9 +4,9 @@
 #define FGE_BARRIER_H
 #include "machine.h"
 
-// The state of an mbarrier lives in its 64 bits of shared memory: bits 0-19 pending arrivals, 20-39 expected arrivals, 40-60
-// transaction count biased by 2^20 - 1, 61 phase, 62-63 a tag (01), so that words never initialised or overwritten are noticed.
-// PTX ISA 9.7.13.15: counts up to 2^20 - 1, tx-count within +-(2^20 - 1).
+// The state of an mbarrier lives in its 64 bits of shared memory: bits 0-19 pending arrivals, 20-39 expected arrivals,
+// 40-60 transaction count biased by 2^20 - 1, 61 phase, 62-63 a tag (01), so that words never initialised or
+// overwritten are noticed. PTX ISA 9.7.13.15: counts up to 2^20 - 1, tx-count within +-(2^20 - 1).
 static inline u32 mbarrier_pending(u64 v) { return (u32)(v & 0xfffff); }
 static inline u32 mbarrier_expected(u64 v) { return (u32)(v >> 20 & 0xfffff); }
 static inline s32 mbarrier_tx(u64 v) { return (s32)(v >> 40 & 0x1fffff) - 0xfffff; }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Asynchronous stores and reductions that complete in bulk groups: TMA tiles and cp.async.bulk to global memory
-// (PTX ISA 9.7.9.25.2, 9.7.9.25.5). Groups belong to threads. The emulator does both halves of a store, the read of shared memory and the
-// write of global memory, when .read would be satisfied.
+// (PTX ISA 9.7.9.25.2, 9.7.9.25.5). Groups belong to threads. The emulator does both halves of a store, the read of
+// shared memory and the write of global memory, when .read would be satisfied.
 #include <stdlib.h>
 #include <string.h>
 #include "async.h"
@@ -20,7 +20,8 @@ static void execute(Machine* m, Warp* w, BulkStore* o) {
     if (m->checks & CHECK_UNINIT_SHARED) shared_check_written(m, w->cta, o->smem, o->size, o->pc, -1, "bulk store");
     u8* into = global_write(m, o->gptr, o->size, -1, "bulk store");
     u32 type = o->reduction >> 8, bytes = element_bytes(type);
-    if (!o->reduction) memcpy(into, source, o->size);
+    if (!o->reduction)
+      memcpy(into, source, o->size);
     else {
       atomic_lock();
       for (u32 b = 0; b < o->size; b += bytes) reduce_element(m, o->reduction & 255, type, into + b, source + b);
@@ -104,9 +105,13 @@ HANDLER(TMA_STORE) {
     o.reduction = I->x >> 8;
     for (u32 i = 0; i < n; i++) o.coord[i] = (s32)reg32(w, operand[i])[l];
     TensorMap t = read_tensor_map(m, o.tmap);
-    if (t.rank != n) fail_at(m, KIND_DESCRIPTOR, (int)l, o.tmap, "a %u-dimensional TMA store through a tensor map of rank %u", n, t.rank);
-    if (o.smem & 127) fail_at(m, KIND_MISALIGNED, (int)l, o.smem, "TMA store: shared address %#x is not a multiple of 128", o.smem);
-    // A whole warp may issue the same store (NVIDIA's FMHA example does): once is enough. A repeated reduction would add up.
+    if (t.rank != n)
+      fail_at(m, KIND_DESCRIPTOR, (int)l, o.tmap, "a %u-dimensional TMA store through a tensor map of rank %u", n,
+              t.rank);
+    if (o.smem & 127)
+      fail_at(m, KIND_MISALIGNED, (int)l, o.smem, "TMA store: shared address %#x is not a multiple of 128", o.smem);
+    // A whole warp may issue the same store (NVIDIA's FMHA example does): once is enough. A repeated reduction would
+    // add up.
     if (any) {
       if (o.reduction) fail_at(m, KIND_LAUNCH, (int)l, 0, "a TMA reduction issued by more than one lane");
       o.lane = first.lane;
@@ -122,19 +127,25 @@ HANDLER(TMA_STORE) {
 // a source (imm), b destination, c size; x bits 8 and up: reduction | type << 8. aux: offset of the destination.
 HANDLER(BULK_STORE) {
   FOR_LANES(mask, l) {
-    BulkStore o = {.linear = true, .lane = l, .pc = m->fragment->pc, .smem = (u32)lane_address(w, I, l), .size = reg32(w, I->c)[l]};
+    BulkStore o = {.linear = true,
+                   .lane = l,
+                   .pc = m->fragment->pc,
+                   .smem = (u32)lane_address(w, I, l),
+                   .size = reg32(w, I->c)[l]};
     o.gptr = reg64(w, I->b)[l] + (u64)(s64)(s32)m->aux[I->aux];
     o.reduction = I->x >> 8;
     if ((o.smem | o.gptr | o.size) & 15)
-      fail_at(m, KIND_MISALIGNED, (int)l, o.gptr, "cp.async.bulk: source %#x, destination %#lx and size %u must be multiples of 16", o.smem,
-              (long)o.gptr, o.size);
+      fail_at(m, KIND_MISALIGNED, (int)l, o.gptr,
+              "cp.async.bulk: source %#x, destination %#lx and size %u must be multiples of 16", o.smem, (long)o.gptr,
+              o.size);
     global_bounds(m, o.gptr, o.size, (int)l, "cp.async.bulk destination");
     issue(m, w, &o);
   }
   return FLOW_NEXT;
 }
 HANDLER(BULK_COMMIT) {
-  UNUSED(m), UNUSED(I);
+  UNUSED(m)
+  , UNUSED(I);
   FOR_LANES(mask, l) w->bulk_group[l]++;
   return FLOW_NEXT;
 }

@@ -20,29 +20,36 @@ HANDLER(EXIT) {
   return FLOW_LEAVE;
 }
 HANDLER(TRAP) {
-  UNUSED(w), UNUSED(I), UNUSED(mask);
+  UNUSED(w)
+  , UNUSED(I)
+  , UNUSED(mask);
   fail(m, KIND_TRAP, "trap executed");
 }
 HANDLER(UNSUPPORTED) {
-  UNUSED(w), UNUSED(I), UNUSED(mask);
+  UNUSED(w)
+  , UNUSED(I)
+  , UNUSED(mask);
   fail(m, KIND_UNSUPPORTED, "the emulator does not know this instruction");
 }
 HANDLER(YIELD) {  // nanosleep
-  UNUSED(I), UNUSED(mask);
+  UNUSED(I)
+  , UNUSED(mask);
   w->yielded = true;
   m->fragment->pc++;
   return FLOW_LEAVE;
 }
 
-HANDLER(FENCE_PROXY) {  // fence.proxy.async: this warp's generic accesses so far are ordered before later ones of the async proxy
-  UNUSED(I), UNUSED(mask);
+HANDLER(FENCE_PROXY) {  // fence.proxy.async: this warp's generic accesses so far are ordered before later ones of the
+                        // async proxy
+  UNUSED(I)
+  , UNUSED(mask);
   w->proxy_fence = ++m->proxy_time;
   m->proxy_time++;
   return FLOW_NEXT;
 }
 
-// setmaxnreg: imm registers per thread. The CTA holds what it was launched with; dec gives registers back to the CTA's pool, inc takes
-// from it and waits until there are enough.
+// setmaxnreg: imm registers per thread. The CTA holds what it was launched with; dec gives registers back to the CTA's
+// pool, inc takes from it and waits until there are enough.
 HANDLER(SETMAXNREG) {
   u32 wanted = (u32)I->imm;
   if (!converged(m, w, FULL)) return FLOW_LEAVE;

@@ -31,7 +31,8 @@ HANDLER(CVT_BF16X2) {  // d = {a high, b low}
     LANES({
       f32 a = I->x & X_RELU ? relu(A[l]) : A[l];
       f32 b = I->x & X_RELU ? relu(B[l]) : B[l];
-      D[l] = I->x & X_RZ ? (u32)f32_to_bf16_rz(a) << 16 | f32_to_bf16_rz(b) : (u32)f32_to_bf16(a) << 16 | f32_to_bf16(b);
+      D[l] =
+          I->x & X_RZ ? (u32)f32_to_bf16_rz(a) << 16 | f32_to_bf16_rz(b) : (u32)f32_to_bf16(a) << 16 | f32_to_bf16(b);
     })
   }
   return FLOW_NEXT;
@@ -82,7 +83,8 @@ enum Type { U8, S8, U16, S16, U32, S32, U64, S64, F16, BF16, F32, F64 };
 enum Rounding { RN, RZ, RM, RP, RNI, RZI, RMI, RPI };
 
 static const f64 type_min[] = {0, -128, 0, -32768, 0, -2147483648.0, 0, -9223372036854775808.0};
-static const f64 type_max[] = {255, 127, 65535, 32767, 4294967295.0, 2147483647.0, 18446744073709551615.0, 9223372036854775807.0};
+static const f64 type_max[] = {
+    255, 127, 65535, 32767, 4294967295.0, 2147483647.0, 18446744073709551615.0, 9223372036854775807.0};
 
 static s64 extend(u32 type, u64 raw) {
   switch (type) {
@@ -95,21 +97,27 @@ static s64 extend(u32 type, u64 raw) {
     default: return (s64)raw;
   }
 }
-// An integer as its register holds it: signed 8-bit results are sign-extended to the 32-bit slot (PTX ISA, cvt), others truncated.
+// An integer as its register holds it: signed 8-bit results are sign-extended to the 32-bit slot (PTX ISA, cvt), others
+// truncated.
 static u64 store_integer(u32 type, u64 v) {
   switch (type) {
     case U8: return (u8)v;
     case S8: return (u32)(s32)(s8)v;
-    case U16: case S16: return (u16)v;
-    case U32: case S32: return (u32)v;
+    case U16:
+    case S16: return (u16)v;
+    case U32:
+    case S32: return (u32)v;
     default: return v;
   }
 }
 static f64 round_integral(f64 v, u32 rounding) {
   switch (rounding) {
-    case RZI: case RZ: return trunc(v);
-    case RMI: case RM: return floor(v);
-    case RPI: case RP: return ceil(v);
+    case RZI:
+    case RZ: return trunc(v);
+    case RMI:
+    case RM: return floor(v);
+    case RPI:
+    case RP: return ceil(v);
     default: return rint(v);
   }
 }
@@ -140,8 +148,10 @@ static u64 integer_to_integer(u32 dt, u32 st, bool sat, u64 raw) {
   if (sat && dt != U64 && st == U64) {
     if ((u64)v > (u64)(s64)type_max[dt]) v = dt == S64 ? INT64_MAX : (s64)type_max[dt];
   } else if (sat) {
-    if (dt == U64) v = v < 0 ? 0 : v;
-    else if (dt != S64) v = v < (s64)type_min[dt] ? (s64)type_min[dt] : v > (s64)type_max[dt] ? (s64)type_max[dt] : v;
+    if (dt == U64)
+      v = v < 0 ? 0 : v;
+    else if (dt != S64)
+      v = v < (s64)type_min[dt] ? (s64)type_min[dt] : v > (s64)type_max[dt] ? (s64)type_max[dt] : v;
   }
   return store_integer(dt, (u64)v);
 }
@@ -171,15 +181,18 @@ static u64 convert(u32 dt, u32 st, u32 rounding, bool sat, bool ftz, bool relu_,
   u64 r = store_float(dt, v, rounding);
   return dt == F32 && ftz ? bits_of(flush(f32_of((u32)r))) : r;
 }
-// x: destination type, source type << 4, rounding << 8, .sat << 11, .ftz << 12, .relu << 13; n: bit 0 wide d, bit 1 wide a.
+// x: destination type, source type << 4, rounding << 8, .sat << 11, .ftz << 12, .relu << 13; n: bit 0 wide d, bit 1
+// wide a.
 HANDLER(CVT) {
   UNUSED(m);
   u32 x = I->x;
   FOR_LANES(mask, l) {
     u64 raw = I->n & 2 ? reg64(w, I->a)[l] : reg32(w, I->a)[l];
     u64 v = convert(x & 15, x >> 4 & 15, x >> 8 & 7, x >> 11 & 1, x >> 12 & 1, x >> 13 & 1, raw);
-    if (I->n & 1) reg64(w, I->d)[l] = v;
-    else reg32(w, I->d)[l] = (u32)v;
+    if (I->n & 1)
+      reg64(w, I->d)[l] = v;
+    else
+      reg32(w, I->d)[l] = (u32)v;
   }
   return FLOW_NEXT;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Non-bulk asynchronous copies (PTX ISA 9.7.9.25.3): cp.async with zero fill, its groups, and its arrival on mbarriers. cp.async writes
-// shared memory through the generic proxy.
+// Non-bulk asynchronous copies (PTX ISA 9.7.9.25.3): cp.async with zero fill, its groups, and its arrival on mbarriers.
+// cp.async writes shared memory through the generic proxy.
 #include <stdlib.h>
 #include <string.h>
 #include "async.h"
@@ -40,7 +40,8 @@ static void retire_before(Warp* w, int last) {
 
 static void issue(Machine* m, Warp* w, CpAsyncOp* o) {
   if (m->checks & CHECK_RACE) {
-    if (o->arrive) o->clock = race_snapshot(m, w, AGENT_CP, w->id);
+    if (o->arrive)
+      o->clock = race_snapshot(m, w, AGENT_CP, w->id);
     else {
       o->ticket = race_ticket(m, w->cta, AGENT_CP, w->id);
       FOR_LANES(o->mask, l) race_async_write(m, w, AGENT_CP, w->id, o->ticket, o->dst[l], o->size, o->pc);
@@ -104,7 +105,8 @@ void cp_async_at_exit(Machine* m, Warp* w) {
   retire_before(w, w->num_cp - 1);
 }
 
-// a destination (imm), b source, c bytes to read or NONE (all), e ignore-src predicate or NONE; n: size. aux: offset of the source.
+// a destination (imm), b source, c bytes to read or NONE (all), e ignore-src predicate or NONE; n: size. aux: offset of
+// the source.
 HANDLER(CP_ASYNC) {
   CpAsyncOp o;
   o.mask = mask, o.pc = m->fragment->pc, o.size = I->n, o.arrive = o.done = false, o.ticket = 0, o.clock = NULL;
@@ -115,10 +117,11 @@ HANDLER(CP_ASYNC) {
     o.src[l] = reg64(w, I->b)[l] + (u64)offset;
     o.src_size[l] = I->c == NONE ? o.size : reg32(w, I->c)[l];
     if (I->e != NONE && (*pred(w, I->e) >> l & 1)) o.src_size[l] = 0;
-    if (o.src_size[l] > o.size) fail_at(m, KIND_LAUNCH, (int)l, o.src[l], "cp.async: src-size %u exceeds cp-size %u", o.src_size[l], o.size);
+    if (o.src_size[l] > o.size)
+      fail_at(m, KIND_LAUNCH, (int)l, o.src[l], "cp.async: src-size %u exceeds cp-size %u", o.src_size[l], o.size);
     if ((o.dst[l] | o.src[l]) & (o.size - 1))
-      fail_at(m, KIND_MISALIGNED, (int)l, o.src[l], "cp.async of %u bytes: destination %#x or source %#lx is misaligned", o.size, o.dst[l],
-              (long)o.src[l]);
+      fail_at(m, KIND_MISALIGNED, (int)l, o.src[l],
+              "cp.async of %u bytes: destination %#x or source %#lx is misaligned", o.size, o.dst[l], (long)o.src[l]);
     shared_pointer(m, w->cta, o.dst[l], o.size, "cp.async destination");
     global_bounds(m, o.src[l], o.src_size[l], (int)l, "cp.async source");
     bytes += o.src_size[l];
@@ -128,7 +131,8 @@ HANDLER(CP_ASYNC) {
   return FLOW_NEXT;
 }
 HANDLER(CP_ASYNC_COMMIT) {
-  UNUSED(m), UNUSED(I);
+  UNUSED(m)
+  , UNUSED(I);
   FOR_LANES(mask, l) w->cp_group[l]++;
   return FLOW_NEXT;
 }

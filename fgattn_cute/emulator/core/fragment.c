@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fragments of a warp and the interpreter loop. Lanes that diverge form fragments of their own; fragments that reach the same pc merge.
+// Fragments of a warp and the interpreter loop. Lanes that diverge form fragments of their own; fragments that reach
+// the same pc merge.
 #include <string.h>
 #include "barrier.h"
 #include "machine.h"
@@ -16,7 +17,8 @@ void block(Machine* m, u32 wait, u32 want, u32 address) {
   f->since = m->instructions;
 }
 
-// .sync and .aligned instructions need the named lanes (of those alive) together; if they are not, the fragment waits for them.
+// .sync and .aligned instructions need the named lanes (of those alive) together; if they are not, the fragment waits
+// for them.
 bool converged(Machine* m, Warp* w, u32 lanes) {
   lanes &= w->alive;
   if ((m->fragment->mask & lanes) == lanes) return true;
@@ -24,7 +26,8 @@ bool converged(Machine* m, Warp* w, u32 lanes) {
   return false;
 }
 
-// The taken lanes go to the target, the others on; the lower pc stays in this fragment (it runs first, so that they can meet again).
+// The taken lanes go to the target, the others on; the lower pc stays in this fragment (it runs first, so that they can
+// meet again).
 Flow split_fragment(Machine* m, Warp* w, u32 taken, u32 target) {
   Fragment* f = m->fragment;
   u32 next = f->pc + 1, rest = f->mask & ~taken;
@@ -42,7 +45,9 @@ Flow split_fragment(Machine* m, Warp* w, u32 taken, u32 target) {
   return FLOW_LEAVE;
 }
 
-static bool may_merge(const Fragment* f) { return f->wait != WAIT_BARRIER && f->wait != WAIT_CLUSTER && f->wait != WAIT_WGMMA; }
+static bool may_merge(const Fragment* f) {
+  return f->wait != WAIT_BARRIER && f->wait != WAIT_CLUSTER && f->wait != WAIT_WGMMA;
+}
 
 static void merge_fragments(Warp* w) {
   for (int i = 0; i < w->num_fragments; i++)
@@ -63,7 +68,8 @@ bool fragment_ready(Machine* m, Warp* w, Fragment* f) {
   switch (f->wait) {
     case WAIT_NONE: return true;
     case WAIT_CONVERGE: return (f->mask & f->want & w->alive) == (f->want & w->alive);
-    case WAIT_MBARRIER: return f->timed_out || mbarrier_phase(*mbarrier_word(m, w->cta, f->address, "mbarrier wait")) != f->want;
+    case WAIT_MBARRIER:
+      return f->timed_out || mbarrier_phase(*mbarrier_word(m, w->cta, f->address, "mbarrier wait")) != f->want;
     case WAIT_REGISTERS: return (f->want - w->registers) * 32 <= w->cta->register_pool;
     default: return false;  // released by whoever completes the barrier or the rendezvous
   }
@@ -83,7 +89,8 @@ static Fragment* next_fragment(Machine* m, Warp* w) {
   return m->allow_secondary ? ready : NULL;  // independent thread scheduling, used only when everybody is blocked
 }
 
-// Runs one fragment until it leaves, meets another fragment, or has used up its quantum. Returns the instructions it ran.
+// Runs one fragment until it leaves, meets another fragment, or has used up its quantum. Returns the instructions it
+// ran.
 static u64 run_fragment(Machine* m, Warp* w, Fragment* f, u64 quantum) {
   const Ins* code = m->code;
   u32 meeting = NONE;
@@ -114,8 +121,10 @@ static u64 run_fragment(Machine* m, Warp* w, Fragment* f, u64 quantum) {
       continue;
     }
     Flow flow = ((Handler*)I->handler)(m, w, I, mask);
-    if (flow == FLOW_NEXT) f->pc++;
-    else if (flow == FLOW_LEAVE) break;
+    if (flow == FLOW_NEXT)
+      f->pc++;
+    else if (flow == FLOW_LEAVE)
+      break;
   }
   count(w, COUNT_LANE_INSTRUCTIONS, lanes);
   m->instructions += n;

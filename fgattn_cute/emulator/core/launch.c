@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A launch: host threads take clusters in order, each thread is a machine of its own. Everything random depends on the seed and on the
-// cluster's index only, and results are merged by cluster, so a launch is the same with any number of threads.
+// A launch: host threads take clusters in order, each thread is a machine of its own. Everything random depends on the
+// seed and on the cluster's index only, and results are merged by cluster, so a launch is the same with any number of
+// threads.
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +27,7 @@ typedef struct {
   u64 total;
   const u32* order;
   Machine* machine;
-  u64* counters;        // [warp][CLASS_COUNT + COUNT_COUNTERS]
+  u64* counters;  // [warp][CLASS_COUNT + COUNT_COUNTERS]
 } Job;
 
 static void set_special(const Kernel* k, u8* rf, u32 id, u32 value) {
@@ -78,8 +79,10 @@ static void start_registers(Machine* m, Cta* cta, Warp* w) {
   for (u32 i = 0; i < k->num_symbols; i++) {
     u32 value = (cta->rank << RANK_SHIFT) + SMEM_BASE + symbols[i].value;
     for (int l = 0; l < 32; l++) {
-      if (symbols[i].wide) ((u64*)(rf + symbols[i].offset))[l] = value;
-      else ((u32*)(rf + symbols[i].offset))[l] = value;
+      if (symbols[i].wide)
+        ((u64*)(rf + symbols[i].offset))[l] = value;
+      else
+        ((u32*)(rf + symbols[i].offset))[l] = value;
     }
   }
 }
@@ -126,7 +129,8 @@ static void start_cta(Machine* m, Cta* cta, u32 rank, const u32 id[3]) {
   cta->num_mbarriers = 0;
   cta->register_pool = 0;
   cta->num_warps = (int)((L->block[0] * L->block[1] * L->block[2] + 31) / 32);
-  if ((m->checks & CHECK_PROXY) && !cta->generic_write) cta->generic_write = malloc((SMEM_ADDRESSES + 64) / 16 * sizeof(u64));
+  if ((m->checks & CHECK_PROXY) && !cta->generic_write)
+    cta->generic_write = malloc((SMEM_ADDRESSES + 64) / 16 * sizeof(u64));
   if ((m->checks & CHECK_UNINIT_SHARED) && !cta->smem_written) cta->smem_written = malloc((SMEM_ADDRESSES + 64) / 8);
   shared_reset_shadow(m, cta);
   m->proxy_time++;
@@ -138,7 +142,8 @@ static void run_one(Job* job, u64 index) {
   const Launch* L = job->launch;
   u64 g = job->order ? job->order[index] : index;
   u32 across = L->grid[0] / L->cluster[0], down = L->grid[1] / L->cluster[1];
-  u32 corner[3] = {(u32)(g % across) * L->cluster[0], (u32)(g / across % down) * L->cluster[1], (u32)(g / across / down) * L->cluster[2]};
+  u32 corner[3] = {(u32)(g % across) * L->cluster[0], (u32)(g / across % down) * L->cluster[1],
+                   (u32)(g / across / down) * L->cluster[2]};
   m->cluster_index = index;
   m->random_state = 0x9E3779B97F4A7C15ull ^ (((u64)L->seed << 32 | (u32)g) * 0x2545F4914F6CDD1Dull + g);
   if (!m->random_state) m->random_state = 1;
@@ -148,7 +153,8 @@ static void run_one(Job* job, u64 index) {
   m->num_tma = 0;
   m->cluster_arrived = m->cluster_generation = 0;
   for (u32 r = 0; r < (u32)m->num_ctas; r++) {
-    u32 id[3] = {corner[0] + r % L->cluster[0], corner[1] + r / L->cluster[0] % L->cluster[1], corner[2] + r / L->cluster[0] / L->cluster[1]};
+    u32 id[3] = {corner[0] + r % L->cluster[0], corner[1] + r / L->cluster[0] % L->cluster[1],
+                 corner[2] + r / L->cluster[0] / L->cluster[1]};
     start_cta(m, &m->ctas[r], r, id);
   }
   if (m->checks & CHECK_RACE) race_start_cluster(m);
@@ -191,7 +197,8 @@ static void* work(void* argument) {
   for (int i = 0; i < m->num_ctas; i++)
     for (u32 j = 0; j < WARPS_PER_CTA; j++)
       for (u32 c = 0; c < CLASS_COUNT + COUNT_COUNTERS; c++)
-        __atomic_fetch_add(&job->counters[j * (CLASS_COUNT + COUNT_COUNTERS) + c], m->ctas[i].warps[j].counters[c], __ATOMIC_RELAXED);
+        __atomic_fetch_add(&job->counters[j * (CLASS_COUNT + COUNT_COUNTERS) + c], m->ctas[i].warps[j].counters[c],
+                           __ATOMIC_RELAXED);
   return NULL;
 }
 
@@ -210,7 +217,8 @@ static void free_machine(Machine* m) {
   free(m->ctas), free(m->tma), free(m->findings.list), free(m->report), free(m);
 }
 
-// Findings of all threads: those of clusters that a failure makes void are dropped, equal ones are merged into the earliest.
+// Findings of all threads: those of clusters that a failure makes void are dropped, equal ones are merged into the
+// earliest.
 static void merge_findings(Result* result, Machine** machines, u32 threads, u64 stop_at) {
   for (u32 t = 0; t < threads; t++)
     for (u32 i = 0; i < machines[t]->findings.count; i++) {
@@ -221,8 +229,9 @@ static void merge_findings(Result* result, Machine** machines, u32 threads, u64 
         memcpy(result->report, machines[t]->report, sizeof result->report);
       }
       u32 k = 0;
-      while (k < result->num_findings && (result->findings[k].kind != r->kind || result->findings[k].pc != r->pc ||
-                                          result->findings[k].fatal != r->fatal || (r->pc == NONE && result->findings[k].address != r->address)))
+      while (k < result->num_findings &&
+             (result->findings[k].kind != r->kind || result->findings[k].pc != r->pc ||
+              result->findings[k].fatal != r->fatal || (r->pc == NONE && result->findings[k].address != r->address)))
         k++;
       if (k < result->num_findings) {
         u64 total = result->findings[k].count + r->count;
@@ -255,7 +264,8 @@ EXPORT int fge_run(const Kernel* kernel, const Launch* launch, Result* result) {
   pthread_once(&once, numeric_init);
   Ins* code = (Ins*)kernel->code;
   for (u32 i = 0; i < kernel->num_code; i++) code[i].handler = (u64)handlers[code[i].op];
-  u64 total = (u64)(launch->grid[0] / launch->cluster[0]) * (launch->grid[1] / launch->cluster[1]) * (launch->grid[2] / launch->cluster[2]);
+  u64 total = (u64)(launch->grid[0] / launch->cluster[0]) * (launch->grid[1] / launch->cluster[1]) *
+              (launch->grid[2] / launch->cluster[2]);
   u64 next = 0, stop_at = ~0ull;
   u32* order = shuffled_order(launch, total);
   u32 threads = launch->threads < 1 ? 1 : launch->threads > MAX_THREADS ? MAX_THREADS : launch->threads;
@@ -281,8 +291,10 @@ EXPORT int fge_run(const Kernel* kernel, const Launch* launch, Result* result) {
   return 0;
 }
 
-// Sizes of the shared structures, so that Python can verify its reading of abi.h: Ins, Kernel, MemoryRegion, Launch, FindingRecord, Result.
+// Sizes of the shared structures, so that Python can verify its reading of abi.h: Ins, Kernel, MemoryRegion, Launch,
+// FindingRecord, Result.
 EXPORT void fge_abi_sizes(u32 sizes[6]) {
-  u32 actual[6] = {sizeof(Ins), sizeof(Kernel), sizeof(MemoryRegion), sizeof(Launch), sizeof(FindingRecord), sizeof(Result)};
+  u32 actual[6] = {sizeof(Ins),    sizeof(Kernel),        sizeof(MemoryRegion),
+                   sizeof(Launch), sizeof(FindingRecord), sizeof(Result)};
   memcpy(sizes, actual, sizeof actual);
 }

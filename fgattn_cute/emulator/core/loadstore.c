@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loads, stores, atomics and address conversions (PTX ISA 9.7.9, 9.7.13).
-// x of LD and ST: space, X_WIDE, element bytes << 4, bit 9 sign-extend, bit 10 64-bit registers; n elements in the registers at aux.
+// x of LD and ST: space, X_WIDE, element bytes << 4, bit 9 sign-extend, bit 10 64-bit registers; n elements in the
+// registers at aux.
 #include <string.h>
 #include "lanes.h"
 #include "memory.h"
@@ -47,7 +48,8 @@ HANDLER(LD) {
     Place place = resolve(m, w, lane_address(w, I, l), total, (int)l, space, false, "load");
     if (place.shared) {
       shared = true;
-      if (m->checks & CHECK_UNINIT_SHARED) shared_check_written(m, w->cta, place.address, total, m->fragment->pc, (int)l, "load");
+      if (m->checks & CHECK_UNINIT_SHARED)
+        shared_check_written(m, w->cta, place.address, total, m->fragment->pc, (int)l, "load");
       if (m->checks & CHECK_RACE) race_warp_read(m, w, place.address, total);
     }
     const u8* p = place.pointer;
@@ -61,8 +63,10 @@ HANDLER(LD) {
       } else {
         u64 v = load_bytes(p, bytes);
         if (SIGN_EXTEND(I->x)) v = sign_extend(v, bytes);
-        if (wide) reg64(w, registers[i])[l] = v;
-        else reg32(w, registers[i])[l] = (u32)v;
+        if (wide)
+          reg64(w, registers[i])[l] = v;
+        else
+          reg32(w, registers[i])[l] = (u32)v;
       }
     }
   }
@@ -117,7 +121,9 @@ static u64 integer_atomic(u32 op, u64 old, u64 b, u64 swap, bool is_signed) {
     default: return old == 0 || old > b ? b : old - 1;
   }
 }
-static f32 float_atomic(u32 op, f32 old, f32 b) { return op == ADD ? old + b : op == MIN ? min_number(old, b) : max_number(old, b); }
+static f32 float_atomic(u32 op, f32 old, f32 b) {
+  return op == ADD ? old + b : op == MIN ? min_number(old, b) : max_number(old, b);
+}
 u32 half_arithmetic(u32 operation, u32 a, u32 b, u32 c, u32 elements, bool bf16);
 
 static u64 atomic_value(u32 op, u32 type, u64 old, u64 b, u64 swap) {
@@ -130,19 +136,26 @@ static u64 atomic_value(u32 op, u32 type, u64 old, u64 b, u64 swap) {
     case A_BF16: return f32_to_bf16(float_atomic(op, bf16_to_f32((u16)old), bf16_to_f32((u16)b)));
     case A_F32: return bits_of(float_atomic(op, f32_of((u32)old), f32_of((u32)b)));
     case A_F64: return bits_of64(f64_of(old) + f64_of(b));
-    case A_F16X2: case A_BF16X2: return half_arithmetic(op == ADD ? 0 : op == MIN ? 4 : 5, (u32)old, (u32)b, 0, 2, type == A_BF16X2);
+    case A_F16X2:
+    case A_BF16X2: return half_arithmetic(op == ADD ? 0 : op == MIN ? 4 : 5, (u32)old, (u32)b, 0, 2, type == A_BF16X2);
     default: return integer_atomic(op, old, b, swap, false);
   }
 }
 static u32 atomic_bytes(u32 type) {
   switch (type) {
-    case A_U16: case A_S16: case A_F16: case A_BF16: return 2;
-    case A_U64: case A_S64: case A_F64: return 8;
+    case A_U16:
+    case A_S16:
+    case A_F16:
+    case A_BF16: return 2;
+    case A_U64:
+    case A_S64:
+    case A_F64: return 8;
     default: return 4;
   }
 }
 
-// aux: the n values to combine, then n destinations (NONE: red); c: the swap value of cas. x: space, X_WIDE, operation << 4, type << 8.
+// aux: the n values to combine, then n destinations (NONE: red); c: the swap value of cas. x: space, X_WIDE, operation
+// << 4, type << 8.
 HANDLER(ATOM) {
   const u32 *values = m->aux + I->aux, *results = values + I->n;
   u32 op = I->x >> 4 & 15, type = I->x >> 8 & 15, bytes = atomic_bytes(type);
@@ -160,8 +173,10 @@ HANDLER(ATOM) {
       memcpy(p, &updated, bytes);
       atomic_unlock();
       if (results[i] == NONE) continue;
-      if (bytes == 8) reg64(w, results[i])[l] = old;
-      else reg32(w, results[i])[l] = (u32)old;
+      if (bytes == 8)
+        reg64(w, results[i])[l] = old;
+      else
+        reg32(w, results[i])[l] = (u32)old;
     }
     // Atomics do not race with each other, and what they order is not modelled: the race detector does not see them.
     if (place.shared) shared_wrote_generic(m, w, place.address, bytes * I->n);
@@ -180,7 +195,10 @@ HANDLER(ISSPACEP) {  // x: the space asked for
   u32 result = 0;
   for (u32 l = 0; l < 32; l++) {
     u64 window = A[l] >> 56;
-    u32 space = window == WINDOW_SHARED ? SPACE_SHARED : window == WINDOW_LOCAL ? SPACE_LOCAL : window == WINDOW_PARAM ? SPACE_PARAM : SPACE_GLOBAL;
+    u32 space = window == WINDOW_SHARED  ? SPACE_SHARED
+                : window == WINDOW_LOCAL ? SPACE_LOCAL
+                : window == WINDOW_PARAM ? SPACE_PARAM
+                                         : SPACE_GLOBAL;
     result |= (u32)(space == I->x) << l;
   }
   set_pred(w, I->d, mask, result);

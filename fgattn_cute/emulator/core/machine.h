@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The machine: a cluster of CTAs under execution by one host thread. Every room (tma.c, wgmma.c, ...) works on these types.
+// The machine: a cluster of CTAs under execution by one host thread. Every room (tma.c, wgmma.c, ...) works on these
+// types.
 #ifndef FGE_MACHINE_H
 #define FGE_MACHINE_H
 #include <setjmp.h>
@@ -24,8 +25,8 @@
 #define POOL_REGISTERS 65536u  // 32-bit registers of one SM
 
 enum Space { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_PARAM, SPACE_LOCAL };
-#define X_SPACE 7u    // x: address space of a memory instruction
-#define X_WIDE 8u     // x: the address register has 64 bits
+#define X_SPACE 7u  // x: address space of a memory instruction
+#define X_WIDE 8u   // x: the address register has 64 bits
 
 typedef struct Machine Machine;
 typedef struct Warp Warp;
@@ -47,27 +48,27 @@ enum Wait { WAIT_NONE, WAIT_CONVERGE, WAIT_MBARRIER, WAIT_BARRIER, WAIT_WGMMA, W
 // The lanes of a warp that share a pc (PTX ISA 3.1: lanes of a warp may diverge and are scheduled independently).
 typedef struct {
   u32 pc, mask, wait;
-  u32 want;       // converge: lanes needed; mbarrier: parity; registers: target
-  u32 address;    // mbarrier: shared address; barrier: id
-  bool timed_out; // mbarrier: let the next try_wait return false
-  bool blocked;   // mbarrier: this wait has already been counted as not ready
-  u64 since;      // instruction count of the cluster when it blocked
+  u32 want;        // converge: lanes needed; mbarrier: parity; registers: target
+  u32 address;     // mbarrier: shared address; barrier: id
+  bool timed_out;  // mbarrier: let the next try_wait return false
+  bool blocked;    // mbarrier: this wait has already been counted as not ready
+  u64 since;       // instruction count of the cluster when it blocked
 } Fragment;
 
 typedef struct {
   u32 pc, group;
   u64 desc_a, desc_b;
   bool accumulate, done;
-  bool move;      // a register move that waits for the wgmma before it
-  u32 ticket;     // of the race detector
+  bool move;   // a register move that waits for the wgmma before it
+  u32 ticket;  // of the race detector
 } WgmmaOp;
 
 typedef struct {
   u32 mask, pc, size;
-  bool arrive;    // cp.async.mbarrier.arrive rather than a copy
+  bool arrive;  // cp.async.mbarrier.arrive rather than a copy
   bool done;
   u32 ticket;
-  u32* clock;     // race detector: clock of the arrival
+  u32* clock;  // race detector: clock of the arrival
   u32 group[32], dst[32], src_size[32];
   u64 src[32];
 } CpAsyncOp;
@@ -83,27 +84,27 @@ typedef struct {
   bool linear;
   Cta* cta;
   u32 smem, mbar, size, pc, multicast;
-  u32 ticket[16];   // race detector: per destination CTA
-  u32* clock;       // race detector: of the warp that issued it
+  u32 ticket[16];  // race detector: per destination CTA
+  u32* clock;      // race detector: of the warp that issued it
   u64 tmap, gptr;
   s32 coord[5];
 } TmaLoad;
 
 struct Warp {
-  u8* rf;           // register file: slots of 32 lanes
+  u8* rf;  // register file: slots of 32 lanes
   Cta* cta;
-  u32 id, alive;    // alive: lanes that have not exited
+  u32 id, alive;  // alive: lanes that have not exited
   int num_fragments;
   bool done, yielded;
   Fragment fragment[32];
-  u32 registers;    // per thread, what setmaxnreg last set
+  u32 registers;  // per thread, what setmaxnreg last set
   u64 counters[CLASS_COUNT + COUNT_COUNTERS];
   // wgmma
   WgmmaOp* wgmma;
   int num_wgmma, cap_wgmma;
   u32 wgmma_group, num_flight;
-  u16* flight;      // per slot: low byte = wgmmas that own it as accumulator, high byte = as A operand
-  u32* touched;     // per slot: sequence number of the last access that matters for wgmma.fence
+  u16* flight;   // per slot: low byte = wgmmas that own it as accumulator, high byte = as A operand
+  u32* touched;  // per slot: sequence number of the last access that matters for wgmma.fence
   u32 sequence, fence_sequence;
   bool fenced;
   // cp.async and bulk stores
@@ -114,37 +115,46 @@ struct Warp {
   int num_bulk, cap_bulk;
   u32 bulk_group[32];
   // checks
-  u32* initialised; // per tracked register: lanes written
-  u64 proxy_fence;  // time of the last fence.proxy.async
+  u32* initialised;  // per tracked register: lanes written
+  u64 proxy_fence;   // time of the last fence.proxy.async
   u64 last_time_out;
-  u32* clock;       // vector clock of the race detector
+  u32* clock;  // vector clock of the race detector
   u32 cluster_generation;
   u8* local;
 };
 
-typedef struct { u32 expected, arrived, true_threads; } NamedBarrier;
-typedef struct { u32 pc, arrived; u64 desc_a, desc_b; } WarpgroupMeeting;
+typedef struct {
+  u32 expected, arrived, true_threads;
+} NamedBarrier;
+typedef struct {
+  u32 pc, arrived;
+  u64 desc_a, desc_b;
+} WarpgroupMeeting;
 
 #define MAX_MBARRIERS 512
 #define PAGE_SHIFT 10
 struct Cta {
-  u8* smem;           // indexed by shared address (the first SMEM_BASE bytes are unused)
+  u8* smem;  // indexed by shared address (the first SMEM_BASE bytes are unused)
   u32 smem_size, rank, id[3];
   Warp* warps;
   int num_warps;
   NamedBarrier barrier[16];
   WarpgroupMeeting meeting[32];
-  u32 page_version[(SMEM_ADDRESSES >> PAGE_SHIFT) + 2];  // counts writes, so that decoded operands can be reused
+  u32 page_version[(SMEM_ADDRESSES >> PAGE_SHIFT) + 2];        // counts writes, so that decoded operands can be reused
+  u64 page_generic_write[(SMEM_ADDRESSES >> PAGE_SHIFT) + 2];  // time of the last write through the generic proxy
   u32 mbarrier[MAX_MBARRIERS];
   int num_mbarriers;
-  u32 register_pool;  // free registers of this CTA
-  u64* generic_write; // per 16 bytes: who wrote it through the generic proxy, and when (0: nobody)
-  u8* smem_written;   // one bit per byte
+  u32 register_pool;   // free registers of this CTA
+  u64* generic_write;  // per 16 bytes: who wrote it through the generic proxy, and when (0: nobody)
+  u8* smem_written;    // one bit per byte
   Race* race;
 };
 
 typedef struct OperandCache OperandCache;
-typedef struct { FindingRecord* list; u32 count, capacity; } Findings;
+typedef struct {
+  FindingRecord* list;
+  u32 count, capacity;
+} Findings;
 
 struct Machine {
   const Kernel* kernel;
@@ -158,12 +168,12 @@ struct Machine {
   jmp_buf escape;
   Findings findings;
   bool failed;
-  char* report;        // text of the fatal fault
-  Warp* warp;          // running now
+  char* report;  // text of the fatal fault
+  Warp* warp;    // running now
   Fragment* fragment;
-  u32 async_pc;        // instruction of the asynchronous operation that takes effect now, or NONE
-  u64 instructions;    // of this cluster
-  u64 progress;        // changes whenever something a warp may wait for happens
+  u32 async_pc;      // instruction of the asynchronous operation that takes effect now, or NONE
+  u64 instructions;  // of this cluster
+  u64 progress;      // changes whenever something a warp may wait for happens
   u64 random_state, clock_ticks, proxy_time;
   bool allow_secondary;
   TmaLoad* tma;
@@ -175,8 +185,10 @@ struct Machine {
 
 // ---- report.c
 _Noreturn void fail(Machine* m, u32 kind, const char* format, ...) __attribute__((format(printf, 3, 4)));
-_Noreturn void fail_at(Machine* m, u32 kind, int lane, u64 address, const char* format, ...) __attribute__((format(printf, 5, 6)));
-void warn(Machine* m, u32 kind, u32 pc, int lane, u64 address, const char* format, ...) __attribute__((format(printf, 6, 7)));
+_Noreturn void fail_at(Machine* m, u32 kind, int lane, u64 address, const char* format, ...)
+    __attribute__((format(printf, 5, 6)));
+void warn(Machine* m, u32 kind, u32 pc, int lane, u64 address, const char* format, ...)
+    __attribute__((format(printf, 6, 7)));
 
 // ---- sched.c, fragment.c
 void run_cluster(Machine* m);
@@ -190,7 +202,9 @@ bool fragment_ready(Machine* m, Warp* w, Fragment* f);
 void finish_warp(Machine* m, Warp* w);
 
 // The instruction at work: that of the asynchronous operation being completed, else the running fragment's.
-static inline u32 current_pc(const Machine* m) { return m->async_pc != NONE ? m->async_pc : m->fragment ? m->fragment->pc : NONE; }
+static inline u32 current_pc(const Machine* m) {
+  return m->async_pc != NONE ? m->async_pc : m->fragment ? m->fragment->pc : NONE;
+}
 
 static inline u64 random_next(Machine* m) {  // xorshift64
   u64 x = m->random_state;
@@ -209,7 +223,8 @@ static inline void set_pred(const Warp* w, u32 offset, u32 mask, u32 value) {
   *p = (*p & ~mask) | (value & mask);
 }
 static inline int first_lane(u32 mask) { return __builtin_ctz(mask); }
-#define FOR_LANES(mask, lane) for (u32 lanes_ = (mask), lane; lanes_ && ((lane = (u32)__builtin_ctz(lanes_)), 1); lanes_ &= lanes_ - 1)
+#define FOR_LANES(mask, lane) \
+  for (u32 lanes_ = (mask), lane; lanes_ && ((lane = (u32)__builtin_ctz(lanes_)), 1); lanes_ &= lanes_ - 1)
 // Address of a lane: register a plus the immediate; 32-bit addresses wrap.
 static inline u64 lane_address(const Warp* w, const Ins* I, u32 lane) {
   if (I->x & X_WIDE) return reg64(w, I->a)[lane] + (u64)I->imm;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Address spaces and bounds (PTX ISA 5.1, 6.4.1.1). Device memory is host memory: a global address is a host address, and every access
-// is checked against the regions of the launch, to the byte.
+// Address spaces and bounds (PTX ISA 5.1, 6.4.1.1). Device memory is host memory: a global address is a host address,
+// and every access is checked against the regions of the launch, to the byte.
 #include "memory.h"
 #include <pthread.h>
 #include <stdio.h>
@@ -17,24 +17,27 @@ static _Noreturn void out_of_bounds(Machine* m, u64 address, u64 size, int lane,
   const MemoryRegion* r = regions_of(m);
   if (next) {
     s64 past = (s64)(address + size - r[next - 1].hi);
-    snprintf(near, sizeof near, "; the nearest tensor below is [%#lx, %#lx): %ld bytes past its end", (long)r[next - 1].lo,
-             (long)r[next - 1].hi, (long)past);
+    snprintf(near, sizeof near, "; the nearest tensor below is [%#lx, %#lx): %ld bytes past its end",
+             (long)r[next - 1].lo, (long)r[next - 1].hi, (long)past);
   } else if (m->launch->num_regions) {
     snprintf(near, sizeof near, "; the lowest tensor starts at %#lx", (long)r[0].lo);
   }
-  fail_at(m, KIND_BOUNDS, lane, address, "%s of %lu bytes at %#lx is outside the tensors of the launch%s", what, (unsigned long)size,
-          (long)address, near);
+  fail_at(m, KIND_BOUNDS, lane, address, "%s of %lu bytes at %#lx is outside the tensors of the launch%s", what,
+          (unsigned long)size, (long)address, near);
 }
 
 static inline const MemoryRegion* find_region(Machine* m, u64 address, u64 size, int lane, const char* what) {
   const MemoryRegion* r = regions_of(m);
   u32 count = m->launch->num_regions;
-  if (m->last_region < count && address >= r[m->last_region].lo && address + size <= r[m->last_region].hi) return &r[m->last_region];
+  if (m->last_region < count && address >= r[m->last_region].lo && address + size <= r[m->last_region].hi)
+    return &r[m->last_region];
   u32 lo = 0, hi = count;
   while (lo < hi) {
     u32 mid = (lo + hi) / 2;
-    if (r[mid].lo <= address) lo = mid + 1;
-    else hi = mid;
+    if (r[mid].lo <= address)
+      lo = mid + 1;
+    else
+      hi = mid;
   }
   if (!lo || address + size > r[lo - 1].hi || address + size < address) out_of_bounds(m, address, size, lane, what, lo);
   m->last_region = lo - 1;
@@ -80,8 +83,8 @@ u8* global_read(Machine* m, u64 address, u64 size, int lane, const char* what) {
     s64 bad = first_clear((const u8*)r->written, offset, offset + size - 1);
     if (bad >= 0)
       warn(m, KIND_UNINITIALISED, current_pc(m), lane, r->lo + (u64)bad,
-           "%s of %lu bytes at %#lx reads global memory that has not been written (byte %ld of the tensor)", what, (unsigned long)size,
-           (long)address, (long)bad);
+           "%s of %lu bytes at %#lx reads global memory that has not been written (byte %ld of the tensor)", what,
+           (unsigned long)size, (long)address, (long)bad);
   }
   return (u8*)address;
 }
@@ -101,17 +104,19 @@ Cta* shared_cta(Machine* m, Cta* cta, u32 address) {
     Cta* other = &m->ctas[rank];
     for (int i = 0; i < other->num_warps; i++)
       if (!other->warps[i].done) return other;
-    fail_at(m, KIND_BOUNDS, -1, address, "shared address %#x lies in CTA rank %u of the cluster, all of whose warps have exited", address, rank);
+    fail_at(m, KIND_BOUNDS, -1, address,
+            "shared address %#x lies in CTA rank %u of the cluster, all of whose warps have exited", address, rank);
   }
-  fail_at(m, KIND_BOUNDS, -1, address, "shared address %#x names CTA rank %u of a cluster of %d", address, rank, m->num_ctas);
+  fail_at(m, KIND_BOUNDS, -1, address, "shared address %#x names CTA rank %u of a cluster of %d", address, rank,
+          m->num_ctas);
 }
 
 u8* shared_pointer(Machine* m, Cta* cta, u32 address, u32 size, const char* what) {
   if (UNLIKELY((address >> RANK_SHIFT) != cta->rank)) cta = shared_cta(m, cta, address);
   u32 offset = address & OFFSET_MASK;
   if (UNLIKELY(offset < SMEM_BASE || offset + size > SMEM_BASE + cta->smem_size))
-    fail_at(m, KIND_BOUNDS, -1, address, "%s of %u bytes at shared address %#x is outside shared memory [%#x, %#x)", what, size, address,
-            SMEM_BASE, SMEM_BASE + cta->smem_size);
+    fail_at(m, KIND_BOUNDS, -1, address, "%s of %u bytes at shared address %#x is outside shared memory [%#x, %#x)",
+            what, size, address, SMEM_BASE, SMEM_BASE + cta->smem_size);
   return cta->smem + offset;
 }
 
@@ -121,8 +126,8 @@ void shared_check_written(Machine* m, Cta* cta, u32 address, u32 size, u32 pc, i
   s64 bad = first_clear(cta->smem_written, offset, offset + size - 1);
   if (bad >= 0)
     warn(m, KIND_UNINITIALISED, pc, lane, (u64)bad | (u64)cta->rank << RANK_SHIFT,
-         "%s of %u bytes at smem+%d reads shared memory that nobody has written (first at smem+%d)", what, size, (int)(offset - SMEM_BASE),
-         (int)bad - (int)SMEM_BASE);
+         "%s of %u bytes at smem+%d reads shared memory that nobody has written (first at smem+%d)", what, size,
+         (int)(offset - SMEM_BASE), (int)bad - (int)SMEM_BASE);
 }
 
 static inline void bump_pages(Cta* cta, u32 offset, u32 size) {
@@ -151,6 +156,8 @@ void shared_wrote_generic(Machine* m, Warp* w, u32 address, u32 size) {
   if (!cta->generic_write) return;
   u64 mark = (u64)(w->cta->rank << 7 | (w->id + 1)) << MARK_SHIFT | m->proxy_time;
   for (u32 g = offset >> 4; g <= (offset + size - 1) >> 4; g++) cta->generic_write[g] = mark;
+  for (u32 page = offset >> PAGE_SHIFT; page <= (offset + size - 1) >> PAGE_SHIFT; page++)
+    cta->page_generic_write[page] = m->proxy_time;
 }
 
 void shared_wrote_async(Machine* m, Cta* cta, u32 address, u32 size) {
@@ -165,6 +172,7 @@ void shared_wrote_async(Machine* m, Cta* cta, u32 address, u32 size) {
 void shared_reset_shadow(Machine* m, Cta* cta) {
   for (u32 i = 0; i < sizeof cta->page_version / sizeof cta->page_version[0]; i++) cta->page_version[i]++;
   if (cta->generic_write) memset(cta->generic_write, 0, (SMEM_BASE + cta->smem_size + 16) / 16 * 8);
+  memset(cta->page_generic_write, 0, sizeof cta->page_generic_write);
   if (cta->smem_written) memset(cta->smem_written, 0, (SMEM_BASE + cta->smem_size) / 8 + 1);
   (void)m;
 }
@@ -176,6 +184,12 @@ u64 last_common_fence(const Cta* cta, u32 warps) {
   return time;
 }
 
+bool pages_fenced(const Cta* cta, u64 fenced, u32 lo, u32 hi) {
+  for (u32 page = lo >> PAGE_SHIFT; page <= hi >> PAGE_SHIFT; page++)
+    if (cta->page_generic_write[page] >= fenced) return false;
+  return true;
+}
+
 u32 unfenced_writer(const Machine* m, const Cta* cta, u64 fenced, u32 address) {
   u64 mark = cta->generic_write[(address & OFFSET_MASK) >> 4], time = mark & ((1ull << MARK_SHIFT) - 1);
   if (!mark || fenced > time) return 0;
@@ -185,16 +199,16 @@ u32 unfenced_writer(const Machine* m, const Cta* cta, u64 fenced, u32 address) {
 
 const u8* param_pointer(Machine* m, u64 offset, u64 size) {
   if (offset + size > m->kernel->param_bytes)
-    fail_at(m, KIND_BOUNDS, -1, offset, "read of %lu bytes at byte %ld of the %u bytes of kernel parameters", (unsigned long)size,
-            (long)offset, m->kernel->param_bytes);
+    fail_at(m, KIND_BOUNDS, -1, offset, "read of %lu bytes at byte %ld of the %u bytes of kernel parameters",
+            (unsigned long)size, (long)offset, m->kernel->param_bytes);
   return (const u8*)m->launch->params + offset;
 }
 
 Place resolve(Machine* m, Warp* w, u64 address, u32 size, int lane, u32 space, bool write, const char* what) {
   u64 window = address >> 56;
   if (UNLIKELY(address & (size - 1)))
-    fail_at(m, KIND_MISALIGNED, lane, address, "%s of %u bytes at address %#lx (lane %d) is not aligned to its size", what, size,
-            (long)address, lane);
+    fail_at(m, KIND_MISALIGNED, lane, address, "%s of %u bytes at address %#lx (lane %d) is not aligned to its size",
+            what, size, (long)address, lane);
   if (space == SPACE_SHARED || (space == SPACE_GENERIC && window == WINDOW_SHARED)) {
     Place p = {shared_pointer(m, w->cta, (u32)address, size, what), true, (u32)address};
     return p;
@@ -202,8 +216,8 @@ Place resolve(Machine* m, Warp* w, u64 address, u32 size, int lane, u32 space, b
   if (space == SPACE_LOCAL || (space == SPACE_GENERIC && window == WINDOW_LOCAL)) {
     u64 offset = address & 0xffffffff;
     if (offset + size > m->kernel->local_bytes)
-      fail_at(m, KIND_BOUNDS, lane, address, "%s of %u bytes at local offset %#lx outside the %u bytes of local memory", what, size,
-              (long)offset, m->kernel->local_bytes);
+      fail_at(m, KIND_BOUNDS, lane, address, "%s of %u bytes at local offset %#lx outside the %u bytes of local memory",
+              what, size, (long)offset, m->kernel->local_bytes);
     Place p = {w->local + (size_t)lane * m->kernel->local_bytes + offset, false, 0};
     return p;
   }

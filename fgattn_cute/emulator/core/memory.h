@@ -22,12 +22,19 @@ void shared_wrote_async(Machine* m, Cta* cta, u32 address, u32 size);
 void shared_reset_shadow(Machine* m, Cta* cta);
 // Time up to which all of the warps (a set, of one CTA) have run fence.proxy.async.
 u64 last_common_fence(const Cta* cta, u32 warps);
-// Warp + 1 whose generic write to the 16 bytes at `address` of the CTA is not covered by a proxy fence, or 0: a fence after the write
-// will do, by the writer or by those who start the asynchronous access (`fenced` is their last_common_fence).
+// Does a fence at that time cover every generic write to the pages of [lo, hi] so far?
+bool pages_fenced(const Cta* cta, u64 fenced, u32 lo, u32 hi);
+// Warp + 1 whose generic write to the 16 bytes at `address` of the CTA is not covered by a proxy fence, or 0: a fence
+// after the write will do, by the writer or by those who start the asynchronous access (`fenced` is their
+// last_common_fence).
 u32 unfenced_writer(const Machine* m, const Cta* cta, u64 fenced, u32 address);
 
 // Resolves a generic or explicit-space address to a host pointer for `size` bytes.
-typedef struct { u8* pointer; bool shared; u32 address; } Place;
+typedef struct {
+  u8* pointer;
+  bool shared;
+  u32 address;
+} Place;
 Place resolve(Machine* m, Warp* w, u64 address, u32 size, int lane, u32 space, bool write, const char* what);
 const u8* param_pointer(Machine* m, u64 offset, u64 size);
 

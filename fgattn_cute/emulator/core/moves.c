@@ -8,7 +8,10 @@ UNARY(MOV64, u64, u64, a)
 UNARY(MOV16, u32, u32, a & 0xffff)
 
 HANDLER(NOP) {
-  UNUSED(m), UNUSED(w), UNUSED(I), UNUSED(mask);
+  UNUSED(m)
+  , UNUSED(w)
+  , UNUSED(I)
+  , UNUSED(mask);
   return FLOW_NEXT;
 }
 HANDLER(MOV128) {
@@ -76,8 +79,10 @@ HANDLER(PACK_PARTS) {
   FOR_LANES(mask, l) {
     u64 v = 0;
     for (u32 i = 0; i < I->n; i++) v |= (reg32(w, parts[i])[l] & part_mask) << bits * i;
-    if (bits * I->n == 64) reg64(w, I->d)[l] = v;
-    else reg32(w, I->d)[l] = (u32)v;
+    if (bits * I->n == 64)
+      reg64(w, I->d)[l] = v;
+    else
+      reg32(w, I->d)[l] = (u32)v;
   }
   return FLOW_NEXT;
 }
@@ -106,8 +111,8 @@ HANDLER(CLOCK) {
   return FLOW_NEXT;
 }
 
-// ---- bookkeeping of registers that some path reads before writing (ptx/flow.py inserts these around such accesses only). These are not
-// instructions of the kernel, so they take themselves out of the counts.
+// ---- bookkeeping of registers that some path reads before writing (ptx/flow.py inserts these around such accesses
+// only). These are not instructions of the kernel, so they take themselves out of the counts.
 static inline void uncount(Warp* w, const Ins* I) { w->counters[I->cls]--; }
 
 // aux: indices of tracked registers; n of them.
@@ -126,8 +131,8 @@ HANDLER(COPY_WRITTEN) {
   w->initialised[index[0]] = (w->initialised[index[0]] & ~mask) | (written & mask);
   return FLOW_NEXT;
 }
-// aux: indices of the n registers about to be read. c: if present, a predicate without which they are not read. imm: distance to the
-// instruction that reads.
+// aux: indices of the n registers about to be read. c: if present, a predicate without which they are not read. imm:
+// distance to the instruction that reads.
 HANDLER(CHECK_WRITTEN) {
   uncount(w, I);
   if (!(m->checks & CHECK_UNINIT_REGISTER)) return FLOW_NEXT;

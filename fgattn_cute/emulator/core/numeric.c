@@ -29,8 +29,10 @@ u8 f32_to_fp8(f32 f, int is_e5m2) {
   if (a >= table[hi]) return sign | (u8)hi;
   while (hi - lo > 1) {
     int mid = (lo + hi) / 2;
-    if (table[mid] <= a) lo = mid;
-    else hi = mid;
+    if (table[mid] <= a)
+      lo = mid;
+    else
+      hi = mid;
   }
   f32 below = a - table[lo], above = table[hi] - a;
   int nearest = below < above ? lo : above < below ? hi : (lo & 1 ? hi : lo);

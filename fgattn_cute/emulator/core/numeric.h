@@ -12,10 +12,26 @@
 #define CANONICAL_NAN 0x7fffffffu  // what PTX arithmetic returns for NaN
 #define NAN16 0x7fff
 
-static inline f32 f32_of(u32 bits) { f32 f; memcpy(&f, &bits, 4); return f; }
-static inline u32 bits_of(f32 f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
-static inline f64 f64_of(u64 bits) { f64 f; memcpy(&f, &bits, 8); return f; }
-static inline u64 bits_of64(f64 f) { u64 bits; memcpy(&bits, &f, 8); return bits; }
+static inline f32 f32_of(u32 bits) {
+  f32 f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+static inline u32 bits_of(f32 f) {
+  u32 bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+static inline f64 f64_of(u64 bits) {
+  f64 f;
+  memcpy(&f, &bits, 8);
+  return f;
+}
+static inline u64 bits_of64(f64 f) {
+  u64 bits;
+  memcpy(&bits, &f, 8);
+  return bits;
+}
 
 static inline f32 bf16_to_f32(u16 h) { return f32_of((u32)h << 16); }
 static inline u16 f32_to_bf16(f32 f) {  // round to nearest even
@@ -83,7 +99,8 @@ static inline f32 min_nan(f32 a, f32 b) { return (a != a || b != b) ? f32_of(CAN
 static inline f32 max_nan(f32 a, f32 b) { return (a != a || b != b) ? f32_of(CANONICAL_NAN) : max_number(a, b); }
 static inline f32 saturate(f32 a) { return a != a ? 0.f : a < 0.f ? 0.f : a > 1.f ? 1.f : a; }
 
-// ex2.approx: the chip guarantees 2 ulp (PTX ISA, ex2); this polynomial is within 2 ulp of 2^x, and exact for integral x.
+// ex2.approx: the chip guarantees 2 ulp (PTX ISA, ex2); this polynomial is within 2 ulp of 2^x, and exact for integral
+// x.
 static inline f32 exp2_approx(f32 x) {
   f32 xc = x < -160.f ? -160.f : x;
   xc = xc > 130.f ? 130.f : xc;

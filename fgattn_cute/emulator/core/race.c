@@ -23,7 +23,8 @@ struct Race {
   u64 *write, *read;  // epoch << 32 | instruction; read: [granule][reader]
 };
 
-// Actors of the cluster: CTA by CTA its warps, wgmma groups, bulk and cp.async agents, and TMA agents (one per mbarrier).
+// Actors of the cluster: CTA by CTA its warps, wgmma groups, bulk and cp.async agents, and TMA agents (one per
+// mbarrier).
 static u32 warps_of(const Machine* m) { return (u32)m->ctas[0].num_warps; }
 static u32 groups_of(const Machine* m) { return (warps_of(m) + 3) / 4; }
 static u32 readers_of(const Machine* m) { return warps_of(m) * 2 + groups_of(m); }  // warps, bulk agents, wgmma groups
@@ -53,7 +54,8 @@ static MbarrierClock* mbarrier_clock(Machine* m, Cta* cta, u32 address, u32* ind
   address &= OFFSET_MASK;
   while (i < r->num_mbarriers && r->mbarrier[i].address != address) i++;
   if (i == r->num_mbarriers) {
-    if (i == MAX_RACE_MBARRIERS) fail(m, KIND_LIMIT, "the race detector follows at most %d mbarriers per CTA", MAX_RACE_MBARRIERS);
+    if (i == MAX_RACE_MBARRIERS)
+      fail(m, KIND_LIMIT, "the race detector follows at most %d mbarriers per CTA", MAX_RACE_MBARRIERS);
     r->mbarrier[r->num_mbarriers++].address = address;
     if (!r->mbarrier[i].pending) r->mbarrier[i].pending = new_clock(m), r->mbarrier[i].done = new_clock(m);
   }
@@ -77,8 +79,12 @@ static u32 actor_of(Machine* m, Cta* cta, int agent, u32 key) {
   }
   return cta->rank * actors_of(m) + index;
 }
-static u32 reader_index(const Machine* m, u32 actor) { return actor / actors_of(m) * readers_of(m) + actor % actors_of(m); }
-static u32 reader_actor(const Machine* m, u32 reader) { return reader / readers_of(m) * actors_of(m) + reader % readers_of(m); }
+static u32 reader_index(const Machine* m, u32 actor) {
+  return actor / actors_of(m) * readers_of(m) + actor % actors_of(m);
+}
+static u32 reader_actor(const Machine* m, u32 reader) {
+  return reader / readers_of(m) * actors_of(m) + reader % readers_of(m);
+}
 
 static u32* epochs(Machine* m) {  // the newest epoch of every actor of the cluster
   return m->ctas[0].warps[0].clock + clock_size(m);
@@ -131,10 +137,14 @@ static void describe_actor(const Machine* m, u32 actor, char* text, size_t size)
   u32 rank = actor / actors_of(m), index = actor % actors_of(m), warps = warps_of(m);
   int n = rank ? snprintf(text, size, "CTA rank %u, ", rank) : 0;
   text += n, size -= (size_t)n;
-  if (index < warps) snprintf(text, size, "warp %u", index);
-  else if (index < 2 * warps) snprintf(text, size, "the bulk store of warp %u", index - warps);
-  else if (index < readers_of(m)) snprintf(text, size, "the wgmma of warpgroup %u", index - 2 * warps);
-  else if (index < readers_of(m) + warps) snprintf(text, size, "the cp.async of warp %u", index - readers_of(m));
+  if (index < warps)
+    snprintf(text, size, "warp %u", index);
+  else if (index < 2 * warps)
+    snprintf(text, size, "the bulk store of warp %u", index - warps);
+  else if (index < readers_of(m))
+    snprintf(text, size, "the wgmma of warpgroup %u", index - 2 * warps);
+  else if (index < readers_of(m) + warps)
+    snprintf(text, size, "the cp.async of warp %u", index - readers_of(m));
   else
     snprintf(text, size, "the TMA load on mbarrier smem+%u",
              m->ctas[rank].race->mbarrier[index - readers_of(m) - warps].address - SMEM_BASE);
@@ -142,8 +152,8 @@ static void describe_actor(const Machine* m, u32 actor, char* text, size_t size)
 static void report(Machine* m, u32 pc, u32 granule, const char* what, const char* earlier, u32 actor, u64 access) {
   char who[96];
   describe_actor(m, actor, who, sizeof who);
-  warn(m, KIND_RACE, pc, -1, granule * 4, "%s smem+%u is not ordered after the %s by %s (@pc%u@)", what, granule * 4 - SMEM_BASE, earlier, who,
-       (u32)access);
+  warn(m, KIND_RACE, pc, -1, granule * 4, "%s smem+%u is not ordered after the %s by %s (@pc%u@)", what,
+       granule * 4 - SMEM_BASE, earlier, who, (u32)access);
 }
 static u32 epoch_of(u64 access) { return (u32)(access >> 32); }
 
@@ -152,7 +162,8 @@ static void read_by(Machine* m, Warp* w, u32 actor, u32 epoch, u32 address, u32 
   Race* r = race_of(m, cta);
   u32 offset = address & OFFSET_MASK, stride = readers_of(m) * (u32)m->num_ctas, reader = reader_index(m, actor);
   for (u32 g = offset >> 2; g <= (offset + size - 1) >> 2; g++) {
-    if (epoch_of(r->write[g]) > w->clock[r->write_actor[g]]) report(m, pc, g, what, "write", r->write_actor[g], r->write[g]);
+    if (epoch_of(r->write[g]) > w->clock[r->write_actor[g]])
+      report(m, pc, g, what, "write", r->write_actor[g], r->write[g]);
     r->read[(size_t)g * stride + reader] = (u64)epoch << 32 | pc;
   }
 }
@@ -161,7 +172,8 @@ static void write_by(Machine* m, Warp* w, u32 actor, u32 epoch, u32 address, u32
   Race* r = race_of(m, cta);
   u32 offset = address & OFFSET_MASK, stride = readers_of(m) * (u32)m->num_ctas;
   for (u32 g = offset >> 2; g <= (offset + size - 1) >> 2; g++) {
-    if (epoch_of(r->write[g]) > w->clock[r->write_actor[g]]) report(m, pc, g, what, "write", r->write_actor[g], r->write[g]);
+    if (epoch_of(r->write[g]) > w->clock[r->write_actor[g]])
+      report(m, pc, g, what, "write", r->write_actor[g], r->write[g]);
     u64* reads = r->read + (size_t)g * stride;
     for (u32 i = 0; i < stride; i++) {
       if (!reads[i]) continue;
@@ -184,10 +196,12 @@ void race_warp_write(Machine* m, Warp* w, u32 address, u32 size) {
 }
 u32 race_ticket(Machine* m, Cta* cta, Agent agent, u32 key) { return ++epochs(m)[actor_of(m, cta, (int)agent, key)]; }
 void race_async_read(Machine* m, Warp* w, Agent agent, u32 key, u32 ticket, u32 address, u32 size, u32 pc) {
-  read_by(m, w, actor_of(m, w->cta, (int)agent, key), ticket, address, size, pc, agent == AGENT_WGMMA ? "wgmma read of" : "bulk store read of");
+  read_by(m, w, actor_of(m, w->cta, (int)agent, key), ticket, address, size, pc,
+          agent == AGENT_WGMMA ? "wgmma read of" : "bulk store read of");
 }
 void race_async_write(Machine* m, Warp* w, Agent agent, u32 key, u32 ticket, u32 address, u32 size, u32 pc) {
-  write_by(m, w, actor_of(m, w->cta, (int)agent, key), ticket, address, size, pc, agent == AGENT_CP ? "cp.async write to" : "TMA write to");
+  write_by(m, w, actor_of(m, w->cta, (int)agent, key), ticket, address, size, pc,
+           agent == AGENT_CP ? "cp.async write to" : "TMA write to");
 }
 void race_join_ticket(Machine* m, Warp* w, Agent agent, u32 key, u32 ticket) {
   u32* mine = &w->clock[actor_of(m, w->cta, (int)agent, key)];
@@ -220,7 +234,9 @@ void race_mbarrier_phase(Machine* m, Cta* cta, u32 address) {
   join(m, b->done, b->pending);
   memset(b->pending, 0, clock_size(m) * 4);
 }
-void race_mbarrier_acquire(Machine* m, Warp* w, Cta* cta, u32 address) { join(m, w->clock, mbarrier_clock(m, cta, address, NULL)->done); }
+void race_mbarrier_acquire(Machine* m, Warp* w, Cta* cta, u32 address) {
+  join(m, w->clock, mbarrier_clock(m, cta, address, NULL)->done);
+}
 
 void race_barrier_arrive(Machine* m, Warp* w, u32 id) {
   join(m, race_of(m, w->cta)->barrier_pending[id], w->clock);
@@ -239,7 +255,9 @@ void race_cluster_arrive(Machine* m, Warp* w) {
   tick(m, w);
 }
 void race_cluster_complete(Machine* m) { race_barrier_complete(m, &m->ctas[0], NUM_BARRIERS - 1); }
-void race_cluster_acquire(Machine* m, Warp* w) { join(m, w->clock, race_of(m, &m->ctas[0])->barrier_done[NUM_BARRIERS - 1]); }
+void race_cluster_acquire(Machine* m, Warp* w) {
+  join(m, w->clock, race_of(m, &m->ctas[0])->barrier_done[NUM_BARRIERS - 1]);
+}
 
 void race_meet(Machine* m, Cta* cta, u32 first_warp, u32 num_warps) {
   u32* all = new_clock(m);

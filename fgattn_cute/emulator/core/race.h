@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Happens-before race detection on shared memory, across the CTAs of a cluster, in granules of 4 bytes.
 //
-// Actors are the warps and the asynchronous agents they start: the wgmma reads of a warpgroup, the bulk-store reads of a warp, the
-// cp.async writes of a warp, and the TMA writes that complete on an mbarrier. Each actor has a clock (its epoch), each warp a vector
-// of the epochs it is ordered after. An asynchronous access takes a ticket, an epoch of its agent; waiting for it copies the ticket into
-// the waiter's vector. Epochs never go back between CTAs: a new CTA starts ordered after everything before it, so shadows need no reset.
+// Actors are the warps and the asynchronous agents they start: the wgmma reads of a warpgroup, the bulk-store reads of
+// a warp, the cp.async writes of a warp, and the TMA writes that complete on an mbarrier. Each actor has a clock (its
+// epoch), each warp a vector of the epochs it is ordered after. An asynchronous access takes a ticket, an epoch of its
+// agent; waiting for it copies the ticket into the waiter's vector. Epochs never go back between CTAs: a new CTA starts
+// ordered after everything before it, so shadows need no reset.
 #ifndef FGE_RACE_H
 #define FGE_RACE_H
 #include "machine.h"
@@ -18,8 +19,8 @@ void race_free(Machine* m);
 void race_warp_read(Machine* m, Warp* w, u32 address, u32 size);
 void race_warp_write(Machine* m, Warp* w, u32 address, u32 size);
 
-// Asynchronous accesses. key: warpgroup, warp, or shared address of the mbarrier. race_ticket starts an operation of an agent;
-// race_async_* record its accesses, ordered by the clock of warp w; race_join_ticket orders warp w after it.
+// Asynchronous accesses. key: warpgroup, warp, or shared address of the mbarrier. race_ticket starts an operation of an
+// agent; race_async_* record its accesses, ordered by the clock of warp w; race_join_ticket orders warp w after it.
 u32 race_ticket(Machine* m, Cta* cta, Agent agent, u32 key);
 void race_async_read(Machine* m, Warp* w, Agent agent, u32 key, u32 ticket, u32 address, u32 size, u32 pc);
 void race_async_write(Machine* m, Warp* w, Agent agent, u32 key, u32 ticket, u32 address, u32 size, u32 pc);

@@ -53,8 +53,9 @@ void fail_at(Machine* m, u32 kind, int lane, u64 address, const char* format, ..
   stop(m, kind, lane, address, format, arguments);
 }
 
-// One record per kind and instruction: the first occurrence is kept, later ones are counted. A host thread runs its clusters in
-// ascending order, so the record names the lowest cluster whatever the number of threads (launch.c merges the threads' records).
+// One record per kind and instruction: the first occurrence is kept, later ones are counted. A host thread runs its
+// clusters in ascending order, so the record names the lowest cluster whatever the number of threads (launch.c merges
+// the threads' records).
 void warn(Machine* m, u32 kind, u32 pc, int lane, u64 address, const char* format, ...) {
   for (u32 i = 0; i < m->findings.count; i++) {
     FindingRecord* r = &m->findings.list[i];

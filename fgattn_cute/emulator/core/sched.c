@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scheduler of a cluster. A warp runs until it blocks (or its quantum is over). When nobody can go on, one asynchronous operation
-// completes; if there is none, fragments of diverged warps may overtake each other; then blocked try_waits time out; then it is a deadlock.
+// The scheduler of a cluster. A warp runs until it blocks (or its quantum is over). When nobody can go on, one
+// asynchronous operation completes; if there is none, fragments of diverged warps may overtake each other; then blocked
+// try_waits time out; then it is a deadlock.
 #include <alloca.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,8 +15,13 @@
 #define TIME_OUT_ROUNDS 40u  // rounds in which every try_wait returned false and nothing happened
 
 static const char* wait_name(u32 wait) {
-  static const char* names[] = {"nothing", "other lanes of its warp", "mbarrier", "named barrier", "the other warps of its warpgroup (wgmma)",
-                                "the cluster barrier", "registers (setmaxnreg)"};
+  static const char* names[] = {"nothing",
+                                "other lanes of its warp",
+                                "mbarrier",
+                                "named barrier",
+                                "the other warps of its warpgroup (wgmma)",
+                                "the cluster barrier",
+                                "registers (setmaxnreg)"};
   return names[wait];
 }
 
@@ -24,8 +30,8 @@ static int describe_wait(Machine* m, Cta* cta, const Warp* w, const Fragment* f,
     case WAIT_MBARRIER: {
       u64 v = *(u64*)shared_pointer(m, cta, f->address, 8, "report");
       return snprintf(text, size, " at smem+%d for parity %u (phase %u, pending %u of %u, tx %d)",
-                      (int)(f->address & OFFSET_MASK) - (int)SMEM_BASE, f->want, mbarrier_phase(v), mbarrier_pending(v), mbarrier_expected(v),
-                      mbarrier_tx(v));
+                      (int)(f->address & OFFSET_MASK) - (int)SMEM_BASE, f->want, mbarrier_phase(v), mbarrier_pending(v),
+                      mbarrier_expected(v), mbarrier_tx(v));
     }
     case WAIT_BARRIER:
       return snprintf(text, size, " %u (%u of %u threads have arrived)", f->address, cta->barrier[f->address].arrived,
@@ -35,13 +41,16 @@ static int describe_wait(Machine* m, Cta* cta, const Warp* w, const Fragment* f,
       return snprintf(text, size, ": %d of 4 warps are there", __builtin_popcount(cta->meeting[w->id >> 2].arrived));
     case WAIT_CLUSTER: return snprintf(text, size, ": %u warps have arrived", m->cluster_arrived);
     case WAIT_REGISTERS:
-      return snprintf(text, size, ": wants %u per thread, has %u, which takes %u more; the CTA's pool holds %u (launched with %u per thread)",
-                      f->want, w->registers, (f->want - w->registers) * 32, cta->register_pool, m->launch->registers);
+      return snprintf(
+          text, size,
+          ": wants %u per thread, has %u, which takes %u more; the CTA's pool holds %u (launched with %u per thread)",
+          f->want, w->registers, (f->want - w->registers) * 32, cta->register_pool, m->launch->registers);
     default: return 0;
   }
 }
 
-// One line per blocked fragment: who waits on what, for which phase, since when. "@pc12@" stands for the source line (Python fills it in).
+// One line per blocked fragment: who waits on what, for which phase, since when. "@pc12@" stands for the source line
+// (Python fills it in).
 void describe_waits(Machine* m, char* text, size_t capacity) {
   size_t n = 0;
   text[0] = 0;
@@ -51,11 +60,11 @@ void describe_waits(Machine* m, char* text, size_t capacity) {
       Warp* w = &cta->warps[j];
       for (int k = 0; k < w->num_fragments && !w->done && n + 500 < capacity; k++) {
         const Fragment* f = &w->fragment[k];
-        n += (size_t)snprintf(text + n, capacity - n, "  cta (%u,%u,%u) warp %2u lanes %08x waits on %s", cta->id[0], cta->id[1], cta->id[2],
-                              w->id, f->mask, wait_name(f->wait));
+        n += (size_t)snprintf(text + n, capacity - n, "  cta (%u,%u,%u) warp %2u lanes %08x waits on %s", cta->id[0],
+                              cta->id[1], cta->id[2], w->id, f->mask, wait_name(f->wait));
         n += (size_t)describe_wait(m, cta, w, f, text + n, capacity - n);
-        n += (size_t)snprintf(text + n, capacity - n, ", since instruction %llu of %llu, at @pc%u@\n", (unsigned long long)f->since,
-                              (unsigned long long)m->instructions, f->pc);
+        n += (size_t)snprintf(text + n, capacity - n, ", since instruction %llu of %llu, at @pc%u@\n",
+                              (unsigned long long)f->since, (unsigned long long)m->instructions, f->pc);
       }
     }
   }
@@ -105,8 +114,11 @@ static _Noreturn void too_many_instructions(Machine* m) {
   m->fragment = NULL;
   char text[24000];
   describe_waits(m, text, sizeof text);
-  fail(m, KIND_LIMIT, "%llu warp instructions in one cluster: an endless loop, or a wait for a CTA that runs later (CTAs run one after "
-       "another unless host threads run them side by side)\n%s", (unsigned long long)m->instructions, text);
+  fail(
+      m, KIND_LIMIT,
+      "%llu warp instructions in one cluster: an endless loop, or a wait for a CTA that runs later (CTAs run one after "
+      "another unless host threads run them side by side)\n%s",
+      (unsigned long long)m->instructions, text);
 }
 
 void run_cluster(Machine* m) {

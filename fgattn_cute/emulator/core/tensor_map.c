@@ -31,20 +31,25 @@ static const char* decode(const u32* w, TensorMap* t) {
   if (t->box[0] * t->element_bytes & 15) return "the inner dimension of its box is not a multiple of 16 bytes";
   u32 span = t->swizzle ? 16u << t->swizzle : 0;
   if (span && t->box[0] * t->element_bytes > span) return "the inner dimension of its box exceeds the swizzle span";
-  if (span && t->box[0] * t->element_bytes < span) return "the inner dimension of its box is below the swizzle span (not supported)";
+  if (span && t->box[0] * t->element_bytes < span)
+    return "the inner dimension of its box is below the swizzle span (not supported)";
   return NULL;
 }
 
 TensorMap read_tensor_map(Machine* m, u64 address) {
-  if (address & 63) fail_at(m, KIND_MISALIGNED, -1, address, "tensor map address %#lx is not a multiple of 64", (long)address);
+  if (address & 63)
+    fail_at(m, KIND_MISALIGNED, -1, address, "tensor map address %#lx is not a multiple of 64", (long)address);
   const u32* words;
-  if (address >> 56 == WINDOW_PARAM) words = (const u32*)param_pointer(m, address & 0xffffffff, 128);
-  else words = (const u32*)global_read(m, address, 128, -1, "tensor map");
+  if (address >> 56 == WINDOW_PARAM)
+    words = (const u32*)param_pointer(m, address & 0xffffffff, 128);
+  else
+    words = (const u32*)global_read(m, address, 128, -1, "tensor map");
   TensorMap t;
   const char* error = decode(words, &t);
   if (error)
-    fail_at(m, KIND_DESCRIPTOR, -1, address, "the tensor map cannot be used: %s (words 2, 3, 13, 14: %08x %08x %08x %08x)", error, words[2],
-            words[3], words[13], words[14]);
+    fail_at(m, KIND_DESCRIPTOR, -1, address,
+            "the tensor map cannot be used: %s (words 2, 3, 13, 14: %08x %08x %08x %08x)", error, words[2], words[3],
+            words[13], words[14]);
   return t;
 }
 
@@ -75,12 +80,16 @@ void reduce_element(Machine* m, u32 reduction, u32 type, u8* into, const u8* val
   memcpy(&a, into, bytes);
   memcpy(&b, value, bytes);
   switch (type) {
-    case TM_U8: case TM_U16: case TM_U32: case TM_U64: a = reduce_integer(reduction, a, b, false); break;
+    case TM_U8:
+    case TM_U16:
+    case TM_U32:
+    case TM_U64: a = reduce_integer(reduction, a, b, false); break;
     case TM_S32: a = reduce_integer(reduction, (u64)(s64)(s32)a, (u64)(s64)(s32)b, true); break;
     case TM_S64: a = reduce_integer(reduction, a, b, true); break;
     case TM_F16: a = f32_to_f16(reduce_float(reduction, f16_to_f32((u16)a), f16_to_f32((u16)b))); break;
     case TM_BF16: a = f32_to_bf16(reduce_float(reduction, bf16_to_f32((u16)a), bf16_to_f32((u16)b))); break;
-    case TM_F32: case TM_F32_FTZ: a = bits_of(reduce_float(reduction, f32_of((u32)a), f32_of((u32)b))); break;
+    case TM_F32:
+    case TM_F32_FTZ: a = bits_of(reduce_float(reduction, f32_of((u32)a), f32_of((u32)b))); break;
     case TM_F64: a = bits_of64(f64_of(a) + f64_of(b)); break;
     default: fail(m, KIND_UNSUPPORTED, "a bulk reduction of element type %u", type);
   }

@@ -56,7 +56,8 @@ void tile_load(Machine* m, Cta* cta, const TensorMap* t, const s32* coord, u32 s
     Row row = locate_row(t, coord, index);
     if (row.bytes < row_bytes) memset(buffer, 0, row_bytes);
     if (row.bytes) memcpy(buffer + row.skip, global_read(m, row.global, row.bytes, -1, "TMA load"), row.bytes);
-    if (!t->swizzle) memcpy(shared + offset, buffer, row_bytes);
+    if (!t->swizzle)
+      memcpy(shared + offset, buffer, row_bytes);
     else
       for (u32 b = 0; b < row_bytes; b += 16) memcpy(shared + swizzled(offset + b, t->swizzle), buffer + b, 16);
     offset += row_bytes;
@@ -83,7 +84,8 @@ void tile_store(Machine* m, Cta* cta, const TensorMap* t, const s32* coord, u32 
     } else if (row.bytes) {
       u8* into = global_write(m, row.global, row.bytes, -1, "TMA reduction");
       atomic_lock();
-      for (u32 b = 0; b < row.bytes; b += t->element_bytes) reduce_element(m, reduction, t->type, into + b, buffer + row.skip + b);
+      for (u32 b = 0; b < row.bytes; b += t->element_bytes)
+        reduce_element(m, reduction, t->type, into + b, buffer + row.skip + b);
       atomic_unlock();
     }
     offset += row_bytes;

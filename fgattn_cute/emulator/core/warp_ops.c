@@ -17,7 +17,8 @@ u32 uniform32(Machine* m, const u32* values, u32 mask, const char* what) {
 static u32 members(Machine* m, Warp* w, u32 offset, u32 mask) {
   u32 named = reg32(w, offset)[first_lane(mask)];
   if (mask & ~named)
-    fail_at(m, KIND_LAUNCH, first_lane(mask & ~named), 0, "lanes %08x execute a .sync instruction whose member mask is %08x", mask, named);
+    fail_at(m, KIND_LAUNCH, first_lane(mask & ~named), 0,
+            "lanes %08x execute a .sync instruction whose member mask is %08x", mask, named);
   return named;
 }
 
@@ -33,7 +34,8 @@ HANDLER(ELECT) {  // a member mask; d elected lane or NONE, e predicate or NONE.
   return FLOW_NEXT;
 }
 
-HANDLER(SHFL) {  // x: 0 idx 1 up 2 down 3 bfly; a value, b lane, c clamp and segment mask; aux: member mask; e predicate
+HANDLER(
+    SHFL) {  // x: 0 idx 1 up 2 down 3 bfly; a value, b lane, c clamp and segment mask; aux: member mask; e predicate
   u32 named = members(m, w, m->aux[I->aux], mask);
   if (!converged(m, w, named)) return FLOW_LEAVE;
   u32 active = m->fragment->mask;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Issue, completion and hazards of wgmma.mma_async (PTX ISA 9.7.15.1 to 9.7.15.7).
 //
-// Between its issue and the wait_group that covers it, a wgmma owns its accumulator registers and reads its A registers. Compilers
-// move accumulators in that window (ptxas turns such moves into renaming), so a pure move of a register in flight joins the queue;
-// any other access is a fault. ptx/flow.py marks the instructions that can meet a register in flight (INS_FLIGHT) and those whose access
-// may fall between a wgmma.fence and its wgmma (INS_TOUCH): only these are looked at.
+// Between its issue and the wait_group that covers it, a wgmma owns its accumulator registers and reads its A
+// registers. Compilers move accumulators in that window (ptxas turns such moves into renaming), so a pure move of a
+// register in flight joins the queue; any other access is a fault. ptx/flow.py marks the instructions that can meet a
+// register in flight (INS_FLIGHT) and those whose access may fall between a wgmma.fence and its wgmma (INS_TOUCH): only
+// these are looked at.
 #include "wgmma.h"
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +18,13 @@
 
 static u32 slot_of(u32 offset) { return offset >> 7; }
 
-static void change_flight(Warp* w, const WgmmaShape* s, int delta) {
+// Without the check and with completion at issue nothing needs to know what is in flight.
+static bool follows_flight(const Machine* m) {
+  return (m->checks & CHECK_WGMMA) || m->launch->async_wgmma != COMPLETE_EAGER;
+}
+
+static void change_flight(const Machine* m, Warp* w, const WgmmaShape* s, int delta) {
+  if (!follows_flight(m)) return;
   for (u32 i = 0; i < s->num_d; i++) w->flight[slot_of(s->d[i])] += (u16)delta;
   if (s->a_in_registers)
     for (int i = 0; i < 4; i++) w->flight[slot_of(s->a[i])] += (u16)(delta * (int)SOURCE_UNIT);
@@ -124,7 +131,8 @@ bool wgmma_register_access(Machine* m, Warp* w, const Ins* I, u32 mask) {
 static void execute(Machine* m, Warp* w, const WgmmaOp* o) {
   const WgmmaShape* s = wgmma_shape(m, m->code[o->pc].aux);
   f32 a[32][2][32] __attribute__((aligned(64)));
-  if (s->a_in_registers) wgmma_registers_a(w, s, a);
+  if (s->a_in_registers)
+    wgmma_registers_a(w, s, a);
   else {
     const f32* rows = operand_decode(m, w->cta, o->desc_a, ROLE_A, 64, s->type_a, s->major_a);
     wgmma_spread_a(rows + (w->id & 3) * 16, 64, wgmma_k(s), s->negate, a);
@@ -150,17 +158,20 @@ static void complete(Machine* m, Warp* w, u32 keep) {
     }
     if (!o->done) execute(m, w, o);
     if (m->checks & CHECK_RACE) race_join_ticket(m, w, AGENT_WGMMA, w->id >> 2, o->ticket);
-    change_flight(w, wgmma_shape(m, m->code[o->pc].aux), -1);
+    change_flight(m, w, wgmma_shape(m, m->code[o->pc].aux), -1);
   }
   w->num_wgmma = kept;
 }
 
 void wgmma_at_exit(Machine* m, Warp* w) {
   if (w->num_wgmma && (m->checks & (CHECK_WGMMA | CHECK_EXIT)))
-    warn(m, KIND_WGMMA, w->wgmma[0].pc, -1, 0, "the warp exits with a wgmma that was not waited for (no wait_group, or not committed)");
+    warn(m, KIND_WGMMA, w->wgmma[0].pc, -1, 0,
+         "the warp exits with a wgmma that was not waited for (no wait_group, or not committed)");
   for (int i = 0; i < w->num_wgmma; i++)
-    if (!w->wgmma[i].move) change_flight(w, wgmma_shape(m, m->code[w->wgmma[i].pc].aux), -1);
-    else change_flight_move(m, w, w->wgmma[i].pc, -1);
+    if (!w->wgmma[i].move)
+      change_flight(m, w, wgmma_shape(m, m->code[w->wgmma[i].pc].aux), -1);
+    else
+      change_flight_move(m, w, w->wgmma[i].pc, -1);
   w->num_wgmma = 0;
 }
 
@@ -196,13 +207,14 @@ static void issue(Machine* m, Warp* w, const Ins* I, u32 pc, u32 ticket) {
     if (w->flight[slot_of(s->a[i])] & ACCUMULATORS)
       fail(m, KIND_WGMMA, "an A register of this wgmma is the accumulator of one that has not been waited for");
   u32 scale = *pred(w, s->scale);
-  if (scale != 0 && scale != FULL) fail(m, KIND_WGMMA, "the scale-d predicate of a wgmma differs between lanes (%08x)", scale);
+  if (scale != 0 && scale != FULL)
+    fail(m, KIND_WGMMA, "the scale-d predicate of a wgmma differs between lanes (%08x)", scale);
   bool pending = !all_done(w);
   WgmmaOp* o = append(w);
   o->pc = pc, o->group = w->wgmma_group, o->accumulate = scale != 0, o->ticket = ticket;
   o->desc_b = uniform_descriptor(m, w, s->desc_b, "B");
   if (!s->a_in_registers) o->desc_a = uniform_descriptor(m, w, s->desc_a, "A");
-  change_flight(w, s, 1);
+  change_flight(m, w, s, 1);
   count(w, COUNT_WGMMA_FLOPS, 2ull * 16 * s->n * wgmma_k(s));
   u32 mode = m->launch->async_wgmma;
   if (mode == COMPLETE_EAGER || (mode == COMPLETE_RANDOM && !pending && (random_next(m) & 1))) {
@@ -218,11 +230,14 @@ HANDLER(WGMMA) {
   if (w->alive != FULL) fail(m, KIND_WGMMA, "wgmma in a warp of which lanes have exited");
   Cta* cta = w->cta;
   u32 first = w->id & ~3u, pc = m->fragment->pc;
-  if (first + 4 > (u32)cta->num_warps) fail(m, KIND_WGMMA, "wgmma in an incomplete warpgroup (%d warps in the CTA)", cta->num_warps);
+  if (first + 4 > (u32)cta->num_warps)
+    fail(m, KIND_WGMMA, "wgmma in an incomplete warpgroup (%d warps in the CTA)", cta->num_warps);
   const WgmmaShape* s = wgmma_shape(m, I->aux);
   WarpgroupMeeting* meeting = &cta->meeting[w->id >> 2];
   u64 desc_a = s->a_in_registers ? 0 : reg64(w, s->desc_a)[0], desc_b = reg64(w, s->desc_b)[0];
-  if (meeting->arrived && meeting->pc != pc) fail(m, KIND_WGMMA, "the warps of a warpgroup execute different wgmma instructions (@pc%u@ is another)", meeting->pc);
+  if (meeting->arrived && meeting->pc != pc)
+    fail(m, KIND_WGMMA, "the warps of a warpgroup execute different wgmma instructions (@pc%u@ is another)",
+         meeting->pc);
   if (meeting->arrived && (meeting->desc_a != desc_a || meeting->desc_b != desc_b))
     fail(m, KIND_WGMMA, "the descriptors of a wgmma differ between the warps of its warpgroup");
   meeting->pc = pc, meeting->desc_a = desc_a, meeting->desc_b = desc_b;
@@ -258,14 +273,16 @@ HANDLER(WGMMA) {
   return FLOW_NEXT;
 }
 HANDLER(WGMMA_FENCE) {
-  UNUSED(I), UNUSED(mask);
+  UNUSED(I)
+  , UNUSED(mask);
   if (!converged(m, w, FULL)) return FLOW_LEAVE;
   w->fence_sequence = w->sequence;
   w->fenced = true;
   return FLOW_NEXT;
 }
 HANDLER(WGMMA_COMMIT) {
-  UNUSED(I), UNUSED(mask);
+  UNUSED(I)
+  , UNUSED(mask);
   if (!converged(m, w, FULL)) return FLOW_LEAVE;
   w->wgmma_group++;
   return FLOW_NEXT;

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of wgmma, in f32 fused multiply-adds along k. The chip aligns and truncates partial products, and keeps about 14 bits in
-// fp8 accumulations (PTX ISA leaves it open): last bits differ, and no conclusion about fp8 precision may be drawn from here.
+// The products of wgmma, in f32 fused multiply-adds along k. The chip aligns and truncates partial products, and keeps
+// about 14 bits in fp8 accumulations (PTX ISA leaves it open): last bits differ, and no conclusion about fp8 precision
+// may be drawn from here.
 //
-// Fragment layouts (PTX ISA 9.7.15.5.1): accumulator register i of lane l holds row l / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (l % 4)
-// + i % 2 of the warp's 16 rows; A register r holds row l / 4 + 8 (r % 2), and 4 / bytes elements of k from 4 bytes * (4 (r / 2) + l % 4).
+// Fragment layouts (PTX ISA 9.7.15.5.1). Accumulator register i of lane l holds, of the warp's 16 rows,
+//   row l / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (l % 4) + i % 2.
+// A register r of lane l holds row l / 4 + 8 (r % 2) and 4 / bytes elements of k, the first being
+//   (4 (r / 2) + l % 4) 4 / bytes.
 #include <string.h>
 #include "numeric.h"
 #include "wgmma.h"
@@ -19,7 +22,8 @@ void wgmma_spread_a(const f32* rows, u32 stride, u32 k_depth, bool negate, f32 (
   for (u32 k = 0; k < k_depth; k++) {
     __m512 v = _mm512_mul_ps(_mm512_loadu_ps(rows + (size_t)k * stride), sign);
     for (int q = 0; q < 4; q++)
-      _mm512_store_ps(&a[k][q >> 1][(q & 1) * 16], _mm512_permutexvar_ps(_mm512_add_epi32(quads, _mm512_set1_epi32(4 * q)), v));
+      _mm512_store_ps(&a[k][q >> 1][(q & 1) * 16],
+                      _mm512_permutexvar_ps(_mm512_add_epi32(quads, _mm512_set1_epi32(4 * q)), v));
   }
 #else
   for (u32 k = 0; k < k_depth; k++)
@@ -73,11 +77,12 @@ void wgmma_registers_a(const Warp* w, const WgmmaShape* s, f32 (*a)[2][32]) {
 }
 
 #ifdef __AVX512F__
-// `tiles` groups of 8 columns at once: 8 accumulators of 16 lanes each, so that an A value loaded is used `tiles` times. The small loops
-// must be unrolled for the accumulators to stay in registers.
+// `tiles` groups of 8 columns at once: 8 accumulators of 16 lanes each, so that an A value loaded is used `tiles`
+// times. The small loops must be unrolled for the accumulators to stay in registers.
 #define UNROLL _Pragma("GCC unroll 8")
-static inline __attribute__((always_inline)) void multiply_columns(u8* rf, const u32* d, const f32 (*a)[2][32], const f32* b, u32 n, u32 k_depth,
-                                                                   bool accumulate, const u32 tiles) {
+static inline __attribute__((always_inline)) void multiply_columns(u8* rf, const u32* d, const f32 (*a)[2][32],
+                                                                   const f32* b, u32 n, u32 k_depth, bool accumulate,
+                                                                   const u32 tiles) {
   __m512 acc[2][4][2];
   UNROLL for (u32 j = 0; j < tiles; j++) {
     UNROLL for (u32 i = 0; i < 4; i++) {
@@ -87,10 +92,14 @@ static inline __attribute__((always_inline)) void multiply_columns(u8* rf, const
     }
   }
   for (u32 k = 0; k < k_depth; k++) {
-    __m512 a00 = _mm512_load_ps(a[k][0]), a01 = _mm512_load_ps(a[k][0] + 16), a10 = _mm512_load_ps(a[k][1]), a11 = _mm512_load_ps(a[k][1] + 16);
+    __m512 a00 = _mm512_load_ps(a[k][0]), a01 = _mm512_load_ps(a[k][0] + 16), a10 = _mm512_load_ps(a[k][1]),
+           a11 = _mm512_load_ps(a[k][1] + 16);
+    // Without this compilers fold the loads into the multiplications, and loads become the bottleneck.
+    __asm__("" : "+v"(a00), "+v"(a01), "+v"(a10), "+v"(a11));
     UNROLL for (u32 j = 0; j < tiles; j++) {
       const f32* columns = b + (size_t)k * n + 8 * j;
-      __m512 even = _mm512_broadcast_f32x4(_mm_load_ps(columns)), odd = _mm512_broadcast_f32x4(_mm_load_ps(columns + 4));
+      __m512 even = _mm512_broadcast_f32x4(_mm_load_ps(columns)),
+             odd = _mm512_broadcast_f32x4(_mm_load_ps(columns + 4));
       acc[j][0][0] = _mm512_fmadd_ps(a00, even, acc[j][0][0]), acc[j][0][1] = _mm512_fmadd_ps(a01, even, acc[j][0][1]);
       acc[j][1][0] = _mm512_fmadd_ps(a00, odd, acc[j][1][0]), acc[j][1][1] = _mm512_fmadd_ps(a01, odd, acc[j][1][1]);
       acc[j][2][0] = _mm512_fmadd_ps(a10, even, acc[j][2][0]), acc[j][2][1] = _mm512_fmadd_ps(a11, even, acc[j][2][1]);
@@ -105,18 +114,22 @@ static inline __attribute__((always_inline)) void multiply_columns(u8* rf, const
     }
   }
 }
-static void multiply_f32(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, u32 k_depth, bool accumulate) {
+static void multiply_f32(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, u32 k_depth,
+                         bool accumulate) {
   u32 j = 0;
   for (; j + 2 <= s->n / 8; j += 2) multiply_columns(rf, s->d + 4 * j, a, b + 8 * j, s->n, k_depth, accumulate, 2);
   if (j < s->n / 8) multiply_columns(rf, s->d + 4 * j, a, b + 8 * j, s->n, k_depth, accumulate, 1);
 }
 #else
-static void multiply_f32(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, u32 k_depth, bool accumulate) {
+static void multiply_f32(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, u32 k_depth,
+                         bool accumulate) {
   for (u32 j = 0; j < s->n / 8; j++) {
     f32 acc[4][32];
     for (u32 i = 0; i < 4; i++) {
-      if (accumulate) memcpy(acc[i], rf + s->d[4 * j + i], sizeof acc[i]);
-      else memset(acc[i], 0, sizeof acc[i]);
+      if (accumulate)
+        memcpy(acc[i], rf + s->d[4 * j + i], sizeof acc[i]);
+      else
+        memset(acc[i], 0, sizeof acc[i]);
     }
     for (u32 k = 0; k < k_depth; k++) {
       const f32* columns = b + (size_t)k * s->n + 8 * j;
@@ -135,7 +148,8 @@ static void multiply_f32(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], con
 #endif
 
 // f16 accumulators: two columns per register, rounded once per instruction.
-static void multiply_f16(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, u32 k_depth, bool accumulate) {
+static void multiply_f16(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, u32 k_depth,
+                         bool accumulate) {
   for (u32 j = 0; j < s->n / 8; j++)
     for (int h = 0; h < 2; h++) {
       u32* d = (u32*)(rf + s->d[2 * j + (u32)h]);
@@ -153,6 +167,8 @@ static void multiply_f16(u8* rf, const WgmmaShape* s, const f32 (*a)[2][32], con
 
 void wgmma_multiply(Machine* m, Warp* w, const WgmmaShape* s, const f32 (*a)[2][32], const f32* b, bool accumulate) {
   (void)m;
-  if (s->f16_accumulator) multiply_f16(w->rf, s, a, b, wgmma_k(s), accumulate);
-  else multiply_f32(w->rf, s, a, b, wgmma_k(s), accumulate);
+  if (s->f16_accumulator)
+    multiply_f16(w->rf, s, a, b, wgmma_k(s), accumulate);
+  else
+    multiply_f32(w->rf, s, a, b, wgmma_k(s), accumulate);
 }

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix operands in shared memory: descriptors (PTX ISA 9.7.15.5.1), canonical layouts and swizzles, decoding to f32 with a cache.
+// Matrix operands in shared memory: descriptors (PTX ISA 9.7.15.5.1), canonical layouts and swizzles, decoding to f32
+// with a cache.
 #include <stdlib.h>
 #include <string.h>
 #include "memory.h"
 #include "numeric.h"
 #include "race.h"
 #include "wgmma.h"
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 typedef struct {
-  u32 start, leading, stride, base, mode;  // bytes; mode: 0 none, 1 128B, 2 64B, 3 32B (the other way round from tensor maps)
-  u32 width;                               // 16-byte chunks per row of a swizzle atom
+  u32 start, leading, stride, base,
+      mode;   // bytes; mode: 0 none, 1 128B, 2 64B, 3 32B (the other way round from tensor maps)
+  u32 width;  // 16-byte chunks per row of a swizzle atom
 } Descriptor;
 
 #define RESERVED_BITS 0x3ff1c000c000c000ull  // bits 14-15, 30-31, 46-48, 52-61
@@ -18,21 +23,29 @@ typedef struct {
 static Descriptor parse(u64 d) {
   static const u32 widths[] = {1, 8, 4, 2};
   u32 mode = (u32)(d >> 62);
-  Descriptor r = {(u32)(d & 0x3fff) << 4, (u32)(d >> 16 & 0x3fff) << 4, (u32)(d >> 32 & 0x3fff) << 4, (u32)(d >> 49) & 7, mode, widths[mode]};
+  Descriptor r = {(u32)(d & 0x3fff) << 4,
+                  (u32)(d >> 16 & 0x3fff) << 4,
+                  (u32)(d >> 32 & 0x3fff) << 4,
+                  (u32)(d >> 49) & 7,
+                  mode,
+                  widths[mode]};
   return r;
 }
 
 static void check_descriptor(Machine* m, u64 d, const Descriptor* r) {
   if (r->base) fail(m, KIND_UNSUPPORTED, "wgmma descriptor %#lx has base offset %u", (long)d, r->base);
-  if (d & RESERVED_BITS) fail(m, KIND_DESCRIPTOR, "wgmma descriptor %#lx sets reserved bits (%#lx)", (long)d, (long)(d & RESERVED_BITS));
-  // The swizzle is a function of address bits 7 and up; with base offset 0 the 8-row pattern must start where these bits are 0.
+  if (d & RESERVED_BITS)
+    fail(m, KIND_DESCRIPTOR, "wgmma descriptor %#lx sets reserved bits (%#lx)", (long)d, (long)(d & RESERVED_BITS));
+  // The swizzle is a function of address bits 7 and up; with base offset 0 the 8-row pattern must start where these
+  // bits are 0.
   u32 pattern = 128 * r->width - 1;
   if (r->mode && (r->start & pattern) >> 7)
-    fail(m, KIND_DESCRIPTOR, "wgmma descriptor %#lx starts at %#x, inside a swizzle pattern of %u bytes", (long)d, r->start, pattern + 1);
+    fail(m, KIND_DESCRIPTOR, "wgmma descriptor %#lx starts at %#x, inside a swizzle pattern of %u bytes", (long)d,
+         r->start, pattern + 1);
 }
 
-// Shared address (18 bits) of the 16-byte chunk that holds element (mn, k). The swizzle is applied to the absolute address, which is
-// why advancing the start by 32 bytes inside an atom steps along k.
+// Shared address (18 bits) of the 16-byte chunk that holds element (mn, k). The swizzle is applied to the absolute
+// address, which is why advancing the start by 32 bytes inside an atom steps along k.
 static inline u32 chunk_address(const Descriptor* r, u32 mn_major, u32 bytes, u32 mn, u32 k) {
   u32 offset;
   if (!mn_major) {
@@ -40,8 +53,11 @@ static inline u32 chunk_address(const Descriptor* r, u32 mn_major, u32 bytes, u3
     offset = (mn & 7) * 16 * r->width + (mn >> 3) * r->stride + (r->mode ? chunk * 16 : chunk * r->leading);
   } else {
     u32 chunk = mn * bytes >> 4;
-    if (!r->mode) offset = chunk * r->stride + (k & 7) * 16 + (k >> 3) * r->leading;
-    else offset = (chunk % r->width) * 16 + (chunk / r->width) * r->leading + (k & 7) * (r->width * 16) + (k >> 3) * r->stride;
+    if (!r->mode)
+      offset = chunk * r->stride + (k & 7) * 16 + (k >> 3) * r->leading;
+    else
+      offset =
+          (chunk % r->width) * 16 + (chunk / r->width) * r->leading + (k & 7) * (r->width * 16) + (k >> 3) * r->stride;
   }
   u32 address = r->start + offset;
   static const u32 swizzle_bits[] = {0, 0x70, 0x30, 0x10};
@@ -50,8 +66,8 @@ static inline u32 chunk_address(const Descriptor* r, u32 mn_major, u32 bytes, u3
 
 static inline const u8* chunk_pointer(Machine* m, Cta* cta, u32 address) {
   if (UNLIKELY(address < SMEM_BASE || address + 16 > SMEM_BASE + cta->smem_size))
-    fail_at(m, KIND_BOUNDS, -1, address, "wgmma operand at shared address %#x is outside shared memory [%#x, %#x)", address, SMEM_BASE,
-            SMEM_BASE + cta->smem_size);
+    fail_at(m, KIND_BOUNDS, -1, address, "wgmma operand at shared address %#x is outside shared memory [%#x, %#x)",
+            address, SMEM_BASE, SMEM_BASE + cta->smem_size);
   return cta->smem + address;
 }
 
@@ -76,7 +92,9 @@ typedef struct {
   bool decoded;
   f32* data;
 } Operand;
-struct OperandCache { Operand entry[CACHE_ENTRIES]; };
+struct OperandCache {
+  Operand entry[CACHE_ENTRIES];
+};
 
 static u64 version_of(const Cta* cta, u32 lo, u32 hi) {
   u64 sum = 0;
@@ -124,18 +142,41 @@ void operand_cache_free(Machine* m) {
 }
 
 // Column of an operand's row or column in the decoded array.
-static inline u32 position(Role role, u32 mn) { return role == ROLE_A ? mn : (mn & ~7u) + (mn & 1) * 4 + (mn >> 1 & 3); }
+static inline u32 position(Role role, u32 mn) {
+  return role == ROLE_A ? mn : (mn & ~7u) + (mn & 1) * 4 + (mn >> 1 & 3);
+}
 
 // Eight rows of eight bf16 elements, transposed; two elements at a time, which become the upper halves of f32.
+#ifdef __AVX512F__
 static void decode_bf16_rows(const u8* const row[8], f32* into, u32 extent) {
-  for (u32 pair = 0; pair < 4; pair++) {
-    u32 both[8], low[8], high[8];
-    for (u32 i = 0; i < 8; i++) both[i] = ((const u32*)row[i])[pair];
-    for (u32 i = 0; i < 8; i++) low[i] = both[i] << 16, high[i] = both[i] & 0xffff0000u;
-    memcpy(into + (size_t)(2 * pair) * extent, low, sizeof low);
-    memcpy(into + (size_t)(2 * pair + 1) * extent, high, sizeof high);
+  __m512i halves[2];
+  for (int h = 0; h < 2; h++) {
+    __m512i v = _mm512_castsi128_si512(_mm_load_si128((const __m128i*)row[4 * h]));
+    v = _mm512_inserti32x4(v, _mm_load_si128((const __m128i*)row[4 * h + 1]), 1);
+    v = _mm512_inserti32x4(v, _mm_load_si128((const __m128i*)row[4 * h + 2]), 2);
+    halves[h] = _mm512_inserti32x4(v, _mm_load_si128((const __m128i*)row[4 * h + 3]), 3);
+  }
+  // Pair 0 of the eight rows in the lower, pair 1 in the upper half; then pairs 2 and 3.
+  __m512i order = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
+  for (u32 k = 0; k < 8; k += 4) {
+    __m512i both = _mm512_permutex2var_epi32(halves[0], order, halves[1]);
+    __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    __m512 high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+    _mm256_storeu_ps(into + (size_t)k * extent, _mm512_castps512_ps256(low));
+    _mm256_storeu_ps(into + (size_t)(k + 1) * extent, _mm512_castps512_ps256(high));
+    _mm256_storeu_ps(into + (size_t)(k + 2) * extent,
+                     _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(low), 1)));
+    _mm256_storeu_ps(into + (size_t)(k + 3) * extent,
+                     _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(high), 1)));
+    order = _mm512_add_epi32(order, _mm512_set1_epi32(2));
   }
 }
+#else
+static void decode_bf16_rows(const u8* const row[8], f32* into, u32 extent) {
+  for (u32 k = 0; k < 8; k++)
+    for (u32 i = 0; i < 8; i++) into[(size_t)k * extent + i] = bf16_to_f32(((const u16*)row[i])[k]);
+}
+#endif
 static void decode_k_major(Machine* m, Cta* cta, const Descriptor* r, Role role, u32 extent, u32 type, f32* data) {
   u32 bytes = operand_bytes(type), per_chunk = 16 / bytes, k_depth = 32 / bytes;
   for (u32 mn = 0; mn < extent; mn += 8)
@@ -143,7 +184,8 @@ static void decode_k_major(Machine* m, Cta* cta, const Descriptor* r, Role role,
       const u8* row[8];
       for (u32 i = 0; i < 8; i++) row[position(role, i)] = chunk_pointer(m, cta, chunk_address(r, 0, bytes, mn + i, k));
       f32* into = data + (size_t)k * extent + mn;
-      if (type == OPERAND_BF16) decode_bf16_rows(row, into, extent);
+      if (type == OPERAND_BF16)
+        decode_bf16_rows(row, into, extent);
       else
         for (u32 e = 0; e < per_chunk; e++)
           for (u32 i = 0; i < 8; i++) into[(size_t)e * extent + i] = operand_value(type, row[i] + e * bytes);
@@ -154,7 +196,8 @@ static void decode_mn_major(Machine* m, Cta* cta, const Descriptor* r, Role role
     for (u32 mn = 0; mn < extent; mn += 8) {
       const u16* chunk = (const u16*)chunk_pointer(m, cta, chunk_address(r, 1, 2, mn, k));
       f32* into = data + (size_t)k * extent + mn;
-      for (u32 i = 0; i < 8; i++) into[position(role, i)] = type == OPERAND_BF16 ? bf16_to_f32(chunk[i]) : f16_to_f32(chunk[i]);
+      for (u32 i = 0; i < 8; i++)
+        into[position(role, i)] = type == OPERAND_BF16 ? bf16_to_f32(chunk[i]) : f16_to_f32(chunk[i]);
     }
 }
 
@@ -164,8 +207,10 @@ const f32* operand_decode(Machine* m, Cta* cta, u64 desc, Role role, u32 extent,
   if (mn_major && operand_bytes(type) != 2) fail(m, KIND_DESCRIPTOR, "wgmma: only 16-bit operands may be MN-major");
   if (!e->data) e->data = aligned_alloc(64, 32 * 256 * sizeof(f32));
   Descriptor r = parse(desc);
-  if (mn_major) decode_mn_major(m, cta, &r, role, extent, type, e->data);
-  else decode_k_major(m, cta, &r, role, extent, type, e->data);
+  if (mn_major)
+    decode_mn_major(m, cta, &r, role, extent, type, e->data);
+  else
+    decode_k_major(m, cta, &r, role, extent, type, e->data);
   e->decoded = true;
   return e->data;
 }
@@ -179,16 +224,19 @@ void operand_check(Machine* m, Warp* leader, u64 desc, Role role, u32 extent, u3
   e->checked_groups |= 1u << group;
   Descriptor r = parse(desc);
   u64 fenced = last_common_fence(cta, 0xfu << (leader->id & ~3u));
+  bool proxy = (m->checks & CHECK_PROXY) && first && !pages_fenced(cta, fenced, e->lo, e->hi),
+       uninit = (m->checks & CHECK_UNINIT_SHARED) && first;
+  if (!races && !proxy && !uninit) return;
   u32 bytes = operand_bytes(type), k_depth = 32 / bytes, step_mn = mn_major ? 8 : 1, step_k = mn_major ? 1 : 16 / bytes;
   for (u32 mn = 0; mn < extent; mn += step_mn)
     for (u32 k = 0; k < k_depth; k += step_k) {
       u32 address = chunk_address(&r, mn_major, bytes, mn, k) | cta->rank << RANK_SHIFT;
       if (races) race_async_read(m, leader, AGENT_WGMMA, group, ticket, address, 16, pc);
-      if (!first) continue;
-      u32 writer = m->checks & CHECK_PROXY ? unfenced_writer(m, cta, fenced, address) : 0;
+      u32 writer = proxy ? unfenced_writer(m, cta, fenced, address) : 0;
       if (writer)
-        warn(m, KIND_PROXY, pc, -1, address, "wgmma reads smem+%u, written through the generic proxy by warp %u with no fence.proxy.async after it",
+        warn(m, KIND_PROXY, pc, -1, address,
+             "wgmma reads smem+%u, written through the generic proxy by warp %u with no fence.proxy.async after it",
              (address & OFFSET_MASK) - SMEM_BASE, writer - 1);
-      if (m->checks & CHECK_UNINIT_SHARED) shared_check_written(m, cta, address, 16, pc, -1, "wgmma operand");
+      if (uninit) shared_check_written(m, cta, address, 16, pc, -1, "wgmma operand");
     }
 }

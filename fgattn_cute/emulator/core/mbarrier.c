@@ -116,7 +116,10 @@ HANDLER(MBARRIER_ARRIVE) {
         fail_at(m, KIND_BARRIER, (int)l, address, "mbarrier.arrive_drop of more than the expected count");
       *word = pack(mbarrier_pending(v), mbarrier_expected(v) - arrivals, mbarrier_tx(v), mbarrier_phase(v));
     }
-    if (m->checks & CHECK_RACE) race_mbarrier_release(m, w, w->cta, address);
+    if (m->checks & CHECK_RACE) {
+      race_warp_read(m, w, address, 8);  // its initialisation must come before
+      race_mbarrier_release(m, w, w->cta, address);
+    }
     u64 state = mbarrier_arrive(m, w->cta, address, arrivals, tx, "mbarrier.arrive");
     if (I->d != NONE) reg64(w, I->d)[l] = state;
   }
@@ -161,6 +164,7 @@ HANDLER(MBARRIER_WAIT) {
     if ((address >> RANK_SHIFT) != w->cta->rank)
       fail_at(m, KIND_BARRIER, (int)l, address,
               "mbarrier wait on another CTA's barrier: only the CTA's own may be waited for");
+    if ((m->checks & CHECK_RACE) && !f->blocked) race_warp_read(m, w, address, 8);
     if (mbarrier_phase(*mbarrier_word(m, w->cta, address, "mbarrier wait")) != parity)
       ready |= 1u << l;
     else

@@ -32,13 +32,13 @@ class Case:
 def wan(heads=2, head_dim=24, layers=3, image=False, **config):
     from diffusers import WanTransformer3DModel
 
-    options = {"image_dim": 12, "added_kv_proj_dim": heads * head_dim} if image else {}
+    options = {"in_channels": 4, "out_channels": 4}
+    if image:
+        options |= {"image_dim": 12, "added_kv_proj_dim": heads * head_dim}
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=4,
         text_dim=16,
         freq_dim=32,
         ffn_dim=32,

@@ -18,6 +18,7 @@ from .mask import SliceMask
 from .plan import Plan
 from .problem import Problem
 from .select import Choice, select
+from .unions import UnionPlan
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
 
@@ -28,7 +29,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan | SliceMask,
+    plan: Plan | SliceMask | UnionPlan,
     *,
     scale: float | None = None,
     return_lse: bool = False,
@@ -95,7 +96,8 @@ def run(q, k, v, plan, scale, layout, backend, spec, checks, logit_bound):
     where = pick_backend(q, k, v, plan, backend)
     scale = problem.head_dim**-0.5 if scale is None else scale
     if where == "reference":
-        out, lse = reference.attention(q, k, v, plan, scale=scale, return_lse=True, layout=layout)
+        lists = plan.to_mask() if isinstance(plan, UnionPlan) else plan
+        out, lse = reference.attention(q, k, v, lists, scale=scale, return_lse=True, layout=layout)
         return out.to(q.dtype), lse
     if where == "cuda":
         launcher = _launcher(problem, _gpu.current(q.device), spec, settings.config_text())
@@ -108,7 +110,7 @@ def explain(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan | SliceMask,
+    plan: Plan | SliceMask | UnionPlan,
     *,
     layout: str = "bshd",
     spec: FwdSpec | str | None = None,
@@ -135,7 +137,7 @@ def explain(
         gpu = _gpu.current(q.device) if q.device.type == "cuda" else _gpu.assumed()
     refused = _checks.reasons(problem, q, k, v, plan, scale)
     choice = None if refused else select(problem, gpu, spec)
-    return Explanation.of(problem, gpu, choice, plan.density, refused)
+    return Explanation.of(problem, gpu, choice, plan.density, refused, plan)
 
 
 def pick_backend(q, k, v, plan, backend: str) -> str:

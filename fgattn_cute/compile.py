@@ -20,11 +20,11 @@ from pathlib import Path
 from . import cache, cubin, signatures
 from .cache import ARCH, Artifact
 from .errors import CompileError
-from .kernels.mask_spec import CompactSpec, MassSpec
+from .kernels.mask_spec import CompactSpec, MassSpec, MemberSpec
 from .kernels.spec import FwdSpec
 from .settings import configure_logging, log
 
-Spec = FwdSpec | CompactSpec | MassSpec
+Spec = FwdSpec | CompactSpec | MassSpec | MemberSpec
 LOCK = threading.RLock()
 
 

@@ -14,7 +14,7 @@ import functools
 import torch
 
 from fgattn_cute.errors import InputError
-from fgattn_cute.kernels.mask_spec import BINS, SLAB_ROWS, CompactSpec, plan_mass
+from fgattn_cute.kernels.mask_spec import BINS, SLAB_ROWS, CompactSpec, MemberSpec, plan_mass
 from fgattn_cute.kernels.spec import HEAD_DIMS
 
 BACKENDS = ("cuda", "emulator")
@@ -70,6 +70,20 @@ def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, i
     """
     rows = (words.flatten(0, -2), offset.flatten(), counts.flatten())
     _launch(CompactSpec(step="write"), backend, (*rows, ids))
+
+
+def pack_members(rows, ids, offset, keys, starts, members, slice_n: int, backend: str) -> None:
+    """Writes the keep-bits of every union's blocks by list position.
+
+    Args:
+        rows: int32 (unions, union_blocks, words), mask rows of the blocks.
+        ids: int32 (n,), lists of the unions; offset int64 and keys int32 (unions,) place and measure them.
+        starts: int64 (unions,), first word of each union.
+        members: int32 (words, union_blocks), written where lists have words.
+        slice_n: keys of an id.
+        backend: "cuda" or "emulator".
+    """
+    _launch(MemberSpec(union_blocks=rows.shape[1]), backend, (rows, ids, offset, keys, starts, members, slice_n))
 
 
 # ---- queries and keys ----------------------------------------------------------------------------------------------

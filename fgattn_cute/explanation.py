@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from . import roofline
 from .gpu import Gpu
 from .launch import ctas_per_block, grid_size
 from .problem import Problem
-from .select import Choice, RunnerUp, rows_computed, runners_up
+from .select import Choice, RunnerUp, facts_for, rows_computed, runners_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Explanation:
     packed_flops: 4 * D * kept pairs; effective_flops: 4 * D * Sq * Sk, what dense attention computes.
     row_efficiency: rows of a query block over the rows that its CTAs compute.
     grid: CTAs of the launch.
+    prediction: what the cost model expects of the kernel; ``runners_up_tflops`` the same of each runner-up, packed.
     """
 
     problem: Problem
@@ -32,13 +34,18 @@ class Explanation:
     effective_flops: int
     row_efficiency: float | None
     grid: int | None
+    prediction: roofline.Prediction | None
+    runners_up_tflops: tuple[float, ...]
 
     @classmethod
-    def of(cls, problem: Problem, gpu: Gpu, choice: Choice | None, density: float, refused) -> Explanation:
+    def of(cls, problem: Problem, gpu: Gpu, choice: Choice | None, density: float, refused, plan=None) -> Explanation:
+        """Explains a choice. plan: whose lists are priced; without one every list keeps ``density`` of the keys."""
         effective = problem.effective_flops()
         spec = choice.spec if choice else None
         others = () if choice is None else tuple(runners_up(problem, gpu, spec))
-        items = problem.batch * problem.heads * problem.blocks_q
+        predict = _predictor(problem, gpu, density, plan)
+        items = problem.batch * problem.heads * -(-problem.blocks_q // problem.union_blocks)
+        rows = problem.slice_m * problem.union_blocks
         return cls(
             problem=problem,
             gpu=gpu,
@@ -48,8 +55,10 @@ class Explanation:
             density=density,
             packed_flops=round(effective * density),
             effective_flops=effective,
-            row_efficiency=problem.slice_m / rows_computed(spec.tile_m, problem.slice_m) if spec else None,
+            row_efficiency=rows / rows_computed(spec.tile_m, rows) if spec else None,
             grid=grid_size(spec, items, problem.slice_m, gpu.sms) if spec else None,
+            prediction=predict(spec) if spec else None,
+            runners_up_tflops=tuple(predict(other.spec).packed_tflops for other in others),
         )
 
     def as_dict(self) -> dict:
@@ -77,8 +86,10 @@ class Explanation:
                 "row_efficiency": self.row_efficiency,
                 "grid": self.grid,
             }
+            found["prediction"] = self.prediction.as_dict()
             found["runners_up"] = [
-                {"preset": r.preset_id, "kernel": r.spec.name, "why": r.why} for r in self.runners_up
+                {"preset": r.preset_id, "kernel": r.spec.name, "why": r.why, "predicted_packed_tflops": tflops}
+                for r, tflops in zip(self.runners_up, self.runners_up_tflops, strict=True)
             ]
         return found
 
@@ -93,7 +104,9 @@ class Explanation:
             f"{_flops(self.effective_flops)} effective (dense)"
         )
         if self.runners_up:
-            lines.append("others    " + "\n          ".join(f"{r.preset_id}: {r.why}" for r in self.runners_up))
+            others = zip(self.runners_up, self.runners_up_tflops, strict=True)
+            texts = [f"{r.preset_id}: {r.why}; model {tflops:.0f} TFLOPS" for r, tflops in others]
+            lines.append("others    " + "\n          ".join(texts))
         return "\n".join(lines)
 
     def _kernel_lines(self) -> list[str]:
@@ -111,7 +124,25 @@ class Explanation:
             f"{spec.consumer_registers} consumer (about {spec.register_estimate()} needed), "
             f"{spec.producer_registers} producer",
             f"launch    {self.grid:,} CTAs, {self.row_efficiency:.0%} of their rows in use{sharing}",
+            f"model     {self._model_line()}",
         ]
+
+    def _model_line(self) -> str:
+        p = self.prediction
+        shares = ", ".join(f"{name} {cycles / p.tile:.0%}" for name, cycles in p.cycles.items())
+        even = p.break_even_density
+        dense = f"dense attention is as fast at density {even:.2f}" if even < 1 else "faster than dense at any density"
+        return (
+            f"{1e3 * p.seconds:.3g} ms, {p.packed_tflops:.0f} packed TFLOPS, bound by {p.binding} "
+            f"({p.tile:.0f} cycles a tile: {shares}); {dense}"
+        )
+
+
+def _predictor(problem: Problem, gpu: Gpu, density: float, plan):
+    """spec -> Prediction for the problem's lists, which are read once."""
+    facts = facts_for(gpu)
+    work = roofline.Workload.uniform(problem, density) if plan is None else roofline.Workload.of(problem, plan)
+    return lambda spec: roofline.predict(spec, facts, work)
 
 
 def _flops(number: int) -> str:

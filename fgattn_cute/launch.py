@@ -23,6 +23,9 @@ from .problem import Problem, as_bshd
 # fixed_ref poisons rows whose sum of exponentials passes 2^100 relative to their reference. Scores of magnitude at most
 # b nats lie at most 2 b log2(e) octaves above the reference, and Sk of them add log2(Sk): up to 99 no row can pass.
 SAFE_OCTAVES = 99.0
+# Where blocks share a list, the reference may come from a key that a row does not keep, and sums below 2^-60 are
+# poisoned as well.
+SAFE_UNION_OCTAVES = 59.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +75,16 @@ def grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:
     return min(ctas, sms * spec.ctas_per_sm) if spec.scheduler == "persistent" else ctas
 
 
-def needs_redo(seqlen_k: int, logit_bound: float | None) -> bool:
+def needs_redo(seqlen_k: int, logit_bound: float | None, union_blocks: int = 1) -> bool:
     """Whether a fixed_ref launch may have poisoned rows.
 
     Args:
         seqlen_k: keys.
         logit_bound: upper bound of |scale * q.k| in nats, or None where nothing is known.
+        union_blocks: query blocks that share a list.
     """
-    return logit_bound is None or 2 * logit_bound * math.log2(math.e) + math.log2(seqlen_k) > SAFE_OCTAVES
+    safe = SAFE_UNION_OCTAVES if union_blocks > 1 else SAFE_OCTAVES
+    return logit_bound is None or 2 * logit_bound * math.log2(math.e) + math.log2(seqlen_k) > safe
 
 
 def on_cuda(launcher: Launcher, q, k, v, plan, scale: float, logit_bound: float | None):
@@ -117,10 +122,11 @@ def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     work = plan.work(batch, heads)
     items = work.shape[0]
     tensors = (*views, lse, plan.ids, work, scale, launcher.slice_m, launcher.ctas_per_block)
+    unions = (plan.members, plan.blocks) if spec.union_blocks > 1 else (None, None)
     try:
-        launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms))
-        if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound):
-            launcher.redo(*tensors, items * launcher.ctas_per_block)
+        launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms), *unions)
+        if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound, spec.union_blocks):
+            launcher.redo(*tensors, items * launcher.ctas_per_block, *unions)
     except (TypeError, ValueError) as why:
         if isinstance(why, FgAttnError):
             raise

@@ -32,6 +32,8 @@ _library.define(f"attention_lse({_ARGUMENTS}) -> (Tensor, Tensor)")
 
 def call(q, k, v, plan: Plan, *, return_lse, scale, layout, backend, spec, checks, logit_bound):
     """The traced form of ``fgattn_cute.attention``."""
+    if not isinstance(plan, Plan):
+        raise UnsupportedError(f"a {type(plan).__name__} inside torch.compile: only a Plan can be traced")
     op = torch.ops.fgattn_cute.attention_lse if return_lse else torch.ops.fgattn_cute.attention
     batch, heads = q.shape[0], q.shape[2 if layout == "bshd" else 1]
     lists = (plan.ids, plan.offset, plan.keys, plan.work(batch, heads))

@@ -23,6 +23,7 @@ class Problem:
         whatever the layout.
     slice_m, slice_n: the plan's slices.
     plan_batch, plan_heads: what the plan stores; 1 means shared.
+    union_blocks: query blocks that share a list; 1 for a Plan.
     """
 
     batch: int
@@ -41,6 +42,7 @@ class Problem:
     slice_n: int
     plan_batch: int
     plan_heads: int
+    union_blocks: int = 1
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan, layout: str = "bshd") -> Problem:
@@ -63,6 +65,7 @@ class Problem:
             slice_n=plan.slice_n,
             plan_batch=plan.batch,
             plan_heads=plan.heads,
+            union_blocks=getattr(plan, "union_blocks", 1),
         )
 
     @property

@@ -99,6 +99,12 @@ def files_for(gpu: Gpu) -> list[tuple[str, PresetFile]]:
     return files
 
 
+def facts_for(gpu: Gpu) -> presets.GpuFacts:
+    """What is known about the GPU: the file that names it in full, with the SMs and the L2 that the device reports."""
+    file = _shipped(gpu.name)
+    return dataclasses.replace(file.gpu, names=(gpu.name,), sms=gpu.sms, l2_bytes=gpu.l2_bytes)
+
+
 @functools.cache
 def _shipped(name: str) -> PresetFile:
     return presets.for_gpu(name)
@@ -123,7 +129,7 @@ def speed(preset: Preset) -> float:
 def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple[Choice, str]]:
     """(choice, why it would not be the first) of every preset that can run the problem, best first."""
     facts = {"dtype": problem.dtype_name, "head_dim": problem.head_dim, "slice_n": problem.slice_n}
-    m = problem.slice_m
+    m = problem.slice_m * problem.union_blocks
     meant, able, last = [], [], []
     for source, file in files:
         taking = [p for p in file.presets if p.takes(**facts)]
@@ -134,6 +140,10 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
     ranked = []
     for source, file, preset in meant + able + last:
         spec = preset.spec(**facts)
+        if problem.union_blocks > 1:
+            spec = dataclasses.replace(spec, union_blocks=problem.union_blocks)
+            if spec.tile_m != m or spec.reasons():
+                continue
         rows = rows_computed(spec.tile_m, m)
         rows_text = f"{rows} rows computed for {m}" if rows != m else f"{m} rows, none idle"
         if source == "fallback":
@@ -151,11 +161,12 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
 
 
 def _wanted(problem: Problem) -> str:
-    return f"{problem.dtype_name}, head_dim {problem.head_dim}, slice_m {problem.slice_m}"
+    union = f", {problem.union_blocks} blocks to a union" if problem.union_blocks > 1 else ""
+    return f"{problem.dtype_name}, head_dim {problem.head_dim}, slice_m {problem.slice_m}{union}"
 
 
 def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:
-    facts = {"slice_n": problem.slice_n}
+    facts = {"slice_n": problem.slice_n, "union_blocks": problem.union_blocks}
     preset_id = None
     if isinstance(spec, str):
         preset_id, spec = spec, _by_id(problem, gpu, spec)

@@ -6,7 +6,7 @@ Extents that must agree share a symbol, which TVM-FFI then checks at every call.
 
 from __future__ import annotations
 
-from .kernels.mask_spec import CompactSpec, MassSpec
+from .kernels.mask_spec import CompactSpec, MassSpec, MemberSpec
 from .kernels.spec import FwdSpec
 
 STRIDE_ELEMS = 8  # rows of q, k, v, out start on 16 bytes
@@ -26,6 +26,10 @@ def kernel_of(spec) -> tuple:
         if spec.step == "count":
             return compact_sm90.CountBits(), _count_bits()
         return compact_sm90.WriteIds(), _write_ids()
+    if isinstance(spec, MemberSpec):
+        from .kernels.members_sm90 import PackMembers
+
+        return PackMembers(spec), _members(spec)
     if isinstance(spec, MassSpec):
         from .kernels.mass_sm90 import MassSm90
 
@@ -72,7 +76,10 @@ def _stream():
 def _forward(spec: FwdSpec) -> list:
     from cutlass import Float32, Int32
 
-    batch, seqlen_q, seqlen_k, heads, kv_heads, num_ids, num_work = _symbols(7)
+    batch, seqlen_q, seqlen_k, heads, kv_heads, num_ids, num_work, num_words, num_unions = _symbols(9)
+    unions = (None, None)
+    if spec.union_blocks > 1:
+        unions = [_packed(Int32, (n, spec.union_blocks), 4) for n in (num_words, num_unions)]
     return [
         _activation(spec.dtype, batch, seqlen_q, heads, spec.head_dim),  # q
         _activation(spec.dtype, batch, seqlen_k, kv_heads, spec.head_dim),  # k
@@ -83,6 +90,7 @@ def _forward(spec: FwdSpec) -> list:
         _packed(Int32, (num_work, 4), OPERAND_ALIGN_BYTES),  # work descriptors
         1.0,  # softmax_scale
         *(1, 1, 1),  # slice_m, ctas_per_block, num_ctas: types only, the values stay dynamic
+        *unions,  # members, blocks
         _stream(),
     ]
 
@@ -109,6 +117,22 @@ def _write_ids() -> list:
         _packed(Int64, (rows,), 8),  # offset
         _packed(Int64, (rows,), 8),  # counts
         _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
+        _stream(),
+    ]
+
+
+def _members(spec: MemberSpec) -> list:
+    from cutlass import Int32, Int64
+
+    unions, words, num_ids, num_words = _symbols(4)
+    return [
+        _packed(Int32, (unions, spec.union_blocks, words), 4),  # mask rows
+        _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
+        _packed(Int64, (unions,), 8),  # offset
+        _packed(Int32, (unions,), 4),  # keys
+        _packed(Int64, (unions,), 8),  # starts
+        _packed(Int32, (num_words, spec.union_blocks), 4),  # members
+        1,  # slice_n
         _stream(),
     ]
 

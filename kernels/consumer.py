@@ -30,7 +30,7 @@ class Consumer:
         work = self.scheduler.fetch(index)
         self.mainloop.reset()
         if work.num_keys > 0:
-            tiles = self.mainloop.attend(work.num_keys, tiles, items)
+            tiles = self.mainloop.attend(work, tiles, items)
             items += 1
         self.epilogue.store(work, self.mainloop.acc_O, self.mainloop.softmax)
         return tiles, items

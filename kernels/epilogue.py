@@ -11,15 +11,18 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
 
-from .fragments import convert, rows_and_columns
+from .fragments import convert
 from .smem import element_type
 from .softmax import ROWS
 from .spec import WARP_ROWS, WGMMA_ROWS
 
+WARPS = WGMMA_ROWS // WARP_ROWS  # of a consumer warpgroup
+
 
 class Epilogue:
-    def __init__(self, spec, tma_o, mO, mLSE, sO, mma_pv, thread, warpgroup_index):
+    def __init__(self, spec, scheduler, tma_o, mO, mLSE, sO, mma_pv, thread, warpgroup_index):
         self.spec = spec
+        self.scheduler = scheduler
         self.tma_o, self.mO, self.mLSE = tma_o, mO, mLSE
         self.sO = sO
         self.mma_pv = mma_pv
@@ -33,22 +36,19 @@ class Epilogue:
         """Normalise and store this warp's 16 rows of one work item."""
         lse = cute.make_rmem_tensor((ROWS,), cutlass.Float32)
         softmax.finalize(acc_O, lse)
-        row = work.row + self.warpgroup_index * WGMMA_ROWS
+        row = self.scheduler.warp_row(work, self.warpgroup_index * WARPS + self.warp)
         self.store_lse(work, row, lse)
         self.write_slab(acc_O)
-        row = row + self.warp * WARP_ROWS
         if row < work.row_end:
             self.store_rows(work, row)
 
     @cute.jit
     def store_lse(self, work, row: Int32, lse: cute.Tensor):
-        thr_mma = self.mma_pv.get_slice(self.thread)
-        coords = cute.make_identity_tensor((WGMMA_ROWS, self.spec.head_dim))
-        coords = rows_and_columns(thr_mma.partition_C(coords))
+        """The first lane of each quad owns a row's first column, and the row eight further down (PTX ISA: wgmma, D)."""
         mLSE = self.mLSE
         for r in cutlass.range_constexpr(ROWS):
-            r_row = row + coords[r, 0][0]
-            if coords[r, 0][1] == 0 and r_row < work.row_end:
+            r_row = row + self.thread % 32 // 4 + 8 * r
+            if self.thread % 4 == 0 and r_row < work.row_end:
                 mLSE[work.batch, work.head, r_row] = lse[r]
 
     @cute.jit

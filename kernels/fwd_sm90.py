@@ -58,6 +58,8 @@ class FgAttnForwardSm90:
         slice_m: Int32,
         ctas_per_block: Int32,  # ceil(slice_m / tile_m)
         num_ctas: Int32,
+        mMembers: cute.Tensor,  # unions only: (words, union_blocks) int32 keep-bits, see masking.KeepBits
+        mBlocks: cute.Tensor,  # unions only: (num_unions, union_blocks) int32 query blocks
         stream: cuda.CUstream,
     ):
         spec = self.spec
@@ -83,9 +85,9 @@ class FgAttnForwardSm90:
             (WGMMA_ROWS, spec.head_dim),
             a_source=warpgroup.OperandSource.RMEM,
         )
-        slab, rows = (operand_tile(spec, n) for n in (WGMMA_ROWS, WARP_ROWS))
+        q_box, rows = (operand_tile(spec, n) for n in (spec.q_box_rows, WARP_ROWS))
         tma_q, mQ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), mQ, slab, (WGMMA_ROWS, spec.head_dim)
+            cpasync.CopyBulkTensorTileG2SOp(), mQ, q_box, (spec.q_box_rows, spec.head_dim)
         )
         tma_o, mO = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), mO, rows, (WARP_ROWS, spec.head_dim))
         self.Storage = storage_struct(spec, layouts)
@@ -101,6 +103,8 @@ class FgAttnForwardSm90:
             mLSE,
             mIds,
             mWork,
+            mMembers,
+            mBlocks,
             # At scale 0 a masked score, -inf * 0, would be NaN; any scale this small weighs all keys alike.
             cutlass.max(softmax_scale * LOG2_E, Float32(SMALLEST_SCALE)),
             slice_m,
@@ -133,6 +137,8 @@ class FgAttnForwardSm90:
         mLSE: cute.Tensor,
         mIds: cute.Tensor,
         mWork: cute.Tensor,
+        mMembers: cute.Tensor,
+        mBlocks: cute.Tensor,
         scale_log2: Float32,
         slice_m: Int32,
         ctas_per_block: Int32,
@@ -147,7 +153,7 @@ class FgAttnForwardSm90:
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        scheduler = Scheduler(spec, mWork, slice_m, ctas_per_block, mQ.shape[0])
+        scheduler = Scheduler(spec, mWork, mBlocks, slice_m, ctas_per_block, mQ.shape[0])
         if const_expr(spec.redo):
             self.exit_unless_poisoned(scheduler, mLSE, thread)
 
@@ -181,8 +187,10 @@ class FgAttnForwardSm90:
             cute.arch.setmaxregister_increase(spec.consumer_registers)
             warpgroup_index = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
             wg_thread = thread % WARPGROUP_THREADS
-            mainloop = Mainloop(spec, mma_qk, mma_pv, sQ, sK, sV, pipes, wg_thread, warpgroup_index, scale_log2)
-            epilogue = Epilogue(spec, tma_o, mO, mLSE, sO, mma_pv, wg_thread, warpgroup_index)
+            mainloop = Mainloop(
+                spec, mma_qk, mma_pv, sQ, sK, sV, pipes, mMembers, wg_thread, warpgroup_index, scale_log2
+            )
+            epilogue = Epilogue(spec, scheduler, tma_o, mO, mLSE, sO, mma_pv, wg_thread, warpgroup_index)
             Consumer(spec, scheduler, mainloop, epilogue).run()
 
     @cute.jit
@@ -194,7 +202,8 @@ class FgAttnForwardSm90:
         work = scheduler.fetch(scheduler.item_index(Int32(0)))
         poisoned = Int32(0)
         for i in cutlass.range_constexpr(self.spec.tile_m // WARP_THREADS):
-            row = work.row + thread % WARP_THREADS + i * WARP_THREADS
+            lane = thread % WARP_THREADS
+            row = scheduler.warp_row(work, 2 * i + lane // WARP_ROWS) + lane % WARP_ROWS
             if row < work.row_end:
                 lse = mLSE[work.batch, work.head, row]
                 if lse != lse or lse == Float32.inf:

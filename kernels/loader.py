@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from .gather import Gather
 from .ptx import unsigned_divmod
-from .spec import ELEMENT_BYTES, WGMMA_ROWS
+from .spec import ELEMENT_BYTES, WARP_ROWS, WGMMA_ROWS
 
 
 class Loader:
@@ -124,20 +124,25 @@ class Loader:
 
     @cute.jit
     def load_q(self, work, items: Int32):
-        """One warp: a 64-row box per consumer warpgroup. Rows past Sq are zero-filled; rows of the next query block
-        may come along and are never stored."""
+        """One warp: a 64-row box per consumer warpgroup, or 16-row boxes where the rows are those of several blocks.
+
+        Rows past Sq are zero-filled; rows of the next query block may come along and are never stored.
+        """
         spec = self.spec
         self.pipe_q.acquire(items)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(self.pipe_q.full, spec.tile_m * spec.head_dim * ELEMENT_BYTES)
-        mQ = cute.domain_offset((work.row, 0), self.mQ[None, None, work.head, work.batch])
-        gQ = cute.local_tile(mQ, (WGMMA_ROWS, spec.head_dim), (None, 0))
-        source_shape = cute.group_modes(gQ, 0, 2)
-        tQs, tQg = cpasync.tma_partition(
-            self.tma_q, 0, cute.make_layout(1), cute.group_modes(self.sQ, 0, 2), source_shape
-        )
-        for w in cutlass.range_constexpr(spec.consumer_warpgroups):
-            cute.copy(self.tma_q, tQg[None, w], tQs[None, w], tma_bar_ptr=self.pipe_q.full)
+        box = (spec.q_box_rows, spec.head_dim)
+        for i in cutlass.range_constexpr(spec.tile_m // spec.q_box_rows):
+            row = self.scheduler.warp_row(work, i * (spec.q_box_rows // WARP_ROWS))
+            mQ = cute.domain_offset((row, 0), self.mQ[None, None, work.head, work.batch])
+            gQ = cute.local_tile(mQ, box, (0, 0))
+            slab, part = divmod(i * spec.q_box_rows, WGMMA_ROWS)
+            sQ = cute.local_tile(self.sQ[None, None, slab], box, (part // spec.q_box_rows, 0))
+            tQs, tQg = cpasync.tma_partition(
+                self.tma_q, 0, cute.make_layout(1), cute.group_modes(sQ, 0, 2), cute.group_modes(gQ, 0, 2)
+            )
+            cute.copy(self.tma_q, tQg, tQs, tma_bar_ptr=self.pipe_q.full)
 
     @cute.jit
     def publish(self, pipe, i: Int32, in_flight: cutlass.Constexpr[int]):

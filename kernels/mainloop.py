@@ -14,7 +14,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from .fragments import as_operand_a, convert, multiply
-from .masking import TailMask
+from .masking import KeepBits, TailMask
 from .schedule import TensorCoreOrder
 from .smem import element_type
 from .softmax import Softmax
@@ -24,7 +24,7 @@ from .spec import WGMMA_ROWS
 class Mainloop:
     """One consumer thread: fragments of its warpgroup's 64 rows. ``acc_O`` and ``softmax`` are the result."""
 
-    def __init__(self, spec, mma_qk, mma_pv, sQ, sK, sV, pipes, thread, warpgroup_index, scale_log2):
+    def __init__(self, spec, mma_qk, mma_pv, sQ, sK, sV, pipes, mMembers, thread, warpgroup_index, scale_log2):
         self.spec = spec
         self.mma_qk, self.mma_pv = mma_qk, mma_pv
         self.pipe_q, self.pipe_k, self.pipe_v = pipes
@@ -47,7 +47,8 @@ class Mainloop:
         self.shape_S = qk.partition_shape_C((WGMMA_ROWS, spec.tile_n))
         self.tOrP = pv.make_fragment_A(pv.partition_shape_A((WGMMA_ROWS, spec.tile_n)))
         self.acc_O = cute.make_rmem_tensor(pv.partition_shape_C((WGMMA_ROWS, spec.head_dim)), Float32)
-        self.softmax = Softmax(spec, scale_log2)
+        self.keep = KeepBits(spec, mMembers, thread, warpgroup_index) if const_expr(spec.union_blocks > 1) else None
+        self.softmax = Softmax(spec, scale_log2, self.keep)
 
     @cute.jit
     def reset(self):
@@ -56,13 +57,16 @@ class Mainloop:
         self.softmax.reset()
 
     @cute.jit
-    def attend(self, num_keys: Int32, it: Int32, items: Int32) -> Int32:
-        """Attend to one list of ``num_keys`` >= 1 keys. it: tiles consumed before; items: work items consumed before.
+    def attend(self, work, it: Int32, items: Int32) -> Int32:
+        """Attend to the list of a work item, of one key or more. it: tiles, items: work items consumed before.
 
         Returns the new number of tiles.
         """
         tile_n = self.spec.tile_n
+        num_keys = work.num_keys
         last = cute.ceil_div(num_keys, tile_n) - 1
+        if const_expr(self.keep is not None):
+            self.keep.start(work.first, work.list_start)
         self.pipe_q.wait(items)
         self.read_q()
 
@@ -72,14 +76,16 @@ class Mainloop:
         warpgroup.wait_group(0)
         self.pipe_k.release(it)
         self.tail_mask.apply(acc_S, num_keys, self.thread)
+        if const_expr(self.keep is not None):
+            self.keep.advance(cutlass.min(1, last))
         self.softmax.first_tile(acc_S)
         self.store_p(acc_S)
 
-        for _ in cutlass.range(1, last, unroll=1):
-            self.step(it, tile_n, False)
+        for i in cutlass.range(1, last, unroll=1):
+            self.step(it, i, last, tile_n, False)
             it += 1
         if last > 0:
-            self.step(it, num_keys - last * tile_n, True)
+            self.step(it, last, last, num_keys - last * tile_n, True)
             it += 1
 
         if const_expr(self.spec.scheduler == "persistent"):
@@ -91,8 +97,8 @@ class Mainloop:
         return it + 1
 
     @cute.jit
-    def step(self, it: Int32, num_valid: Int32, is_tail: cutlass.Constexpr[bool]):
-        """Q K^T and softmax of tile ``it + 1``, P V of tile ``it``."""
+    def step(self, it: Int32, tile: Int32, last: Int32, num_valid: Int32, is_tail: cutlass.Constexpr[bool]):
+        """Q K^T and softmax of tile ``it + 1``, P V of tile ``it``. tile: number in the list of the former."""
         if const_expr(self.softmax.fixed):
             self.softmax.guard(self.acc_O, self.tOrP)
         self.wait_tile(self.pipe_k, it + 1)
@@ -106,6 +112,8 @@ class Mainloop:
         self.pipe_k.release(it + 1)
         if const_expr(is_tail):
             self.tail_mask.apply(acc_S, num_valid, self.thread)
+        if const_expr(self.keep is not None):
+            self.keep.advance(cutlass.min(tile + 1, last))
         self.softmax.next_tile(acc_S)
         warpgroup.wait_group(0)
         self.pipe_v.release(it)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides which mask kernel is compiled: ``CompactSpec`` for bits to lists, ``MassSpec`` for scores to bits.
+"""What decides which mask kernel is compiled: ``CompactSpec`` for bits to lists, ``MemberSpec`` for
+the keep-bits of unions, ``MassSpec`` for scores to bits.
 
 Pure Python and free of cutlass, as spec.py.
 """
@@ -44,6 +45,24 @@ class CompactSpec:
     def reasons(self) -> list:
         """Why this spec cannot run; empty when it can."""
         return [] if self.step in COMPACT_STEPS else [f"step {self.step!r} is not one of {', '.join(COMPACT_STEPS)}"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemberSpec:
+    """The launch that packs the keep-bits of a union's blocks by list position.
+
+    union_blocks: query blocks of a union.
+    """
+
+    union_blocks: int
+
+    @property
+    def name(self) -> str:
+        return f"members_u{self.union_blocks}"
+
+    def reasons(self) -> list:
+        """Why this spec cannot run; empty when it can."""
+        return [] if 2 <= self.union_blocks <= 32 else [f"union_blocks {self.union_blocks} is not from 2 to 32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

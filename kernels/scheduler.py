@@ -3,7 +3,7 @@
 
 A work item is a 16-byte descriptor of the plan, heaviest first inside a group of heads that share the L2:
 ``[m_block, head | batch << 16, keys, list start / 8]``. Where slice_m exceeds tile_m, ``ctas_per_block`` CTAs share an
-item's list.
+item's list. Where blocks share a union list, an item is a union and ``mBlocks`` names its blocks, in any order.
 """
 
 import cutlass
@@ -11,13 +11,14 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
 from .ptx import unsigned_divmod
+from .spec import WARP_ROWS
 
 
 class WorkItem:
-    """A decoded descriptor. ``row`` is the first query row of the CTA, ``row_end`` the end of its query block."""
+    """A decoded descriptor. ``first`` is the first query row of the CTA, or the union's number."""
 
-    def __init__(self, row, row_end, head, batch, num_keys, list_start):
-        self.row, self.row_end = row, row_end
+    def __init__(self, first, row_end, head, batch, num_keys, list_start):
+        self.first, self.row_end = first, row_end
         self.head, self.batch = head, batch
         self.num_keys, self.list_start = num_keys, list_start
 
@@ -29,9 +30,9 @@ class Scheduler:
     counter in global memory: nothing to reset, nothing shared between launches or streams.
     """
 
-    def __init__(self, spec, mWork, slice_m, ctas_per_block, seqlen_q):
+    def __init__(self, spec, mWork, mBlocks, slice_m, ctas_per_block, seqlen_q):
         self.spec = spec
-        self.mWork = mWork
+        self.mWork, self.mBlocks = mWork, mBlocks
         self.slice_m, self.ctas_per_block, self.seqlen_q = slice_m, ctas_per_block, seqlen_q
 
     @cute.jit
@@ -53,7 +54,21 @@ class Scheduler:
         address = self.mWork.iterator.toint() + Int64(item) * 16
         source = cute.make_ptr(Int32, address, cute.AddressSpace.gmem, assumed_align=16)
         cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), words)
-        block_row = words[0] * self.slice_m
-        row = block_row + part * self.spec.tile_m
-        row_end = cutlass.min(block_row + self.slice_m, self.seqlen_q)
-        return WorkItem(row, row_end, words[1] & 0xFFFF, words[1] >> 16, words[2], Int64(words[3]) * 8)
+        if const_expr(self.spec.union_blocks > 1):
+            first, row_end = words[0], self.seqlen_q
+        else:
+            block_row = words[0] * self.slice_m
+            first = block_row + part * self.spec.tile_m
+            row_end = cutlass.min(block_row + self.slice_m, self.seqlen_q)
+        return WorkItem(first, row_end, words[1] & 0xFFFF, words[1] >> 16, words[2], Int64(words[3]) * 8)
+
+    @cute.jit
+    def warp_row(self, work, piece: Int32) -> Int32:
+        """First query row of the CTA's ``piece``-th 16 rows; at or past ``work.row_end`` where it has none."""
+        if const_expr(self.spec.union_blocks > 1):
+            pieces = self.spec.tile_m // self.spec.union_blocks // WARP_ROWS
+            block = self.mBlocks[work.first, piece // pieces]
+            row = block * self.slice_m + piece % pieces * WARP_ROWS
+        else:
+            row = work.first + piece * WARP_ROWS
+        return row

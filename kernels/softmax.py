@@ -11,6 +11,10 @@ the end. They differ in the reference:
   2^100 inside one tile could overflow in P V before the sum does: it is poisoned (LSE = +inf) and a redo launch
   recomputes it with ``exact``. So is a row whose first tile has no finite score, and (LSE = NaN) one whose O is not
   finite.
+
+Where blocks share a union list, P of a key that the row's block does not keep is 0. Under fixed_ref a row's reference
+may then come from a key that it does not keep; a row whose sum stays below 2^-60 could have lost bits to underflow and
+is poisoned too.
 """
 
 import math
@@ -20,11 +24,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from .fragments import rows_and_columns
-from .ptx import mul_bf16x2
+from .ptx import exp2_pair_where, mul_bf16x2
 
 LN2 = math.log(2.0)
 GUARD_LOG2 = 60
 OVERFLOW = 2.0**100
+UNDERFLOW = 2.0**-60
 BF16_PAIR_ONE = 0x3F803F80
 BF16_PAIR_SHIFT = 0x21802180  # 2^-60 twice
 assert (0x2180 >> 7) - 127 == -GUARD_LOG2  # a bf16 is sign, 8 exponent bits, 7 mantissa bits
@@ -40,18 +45,21 @@ class Softmax:
     2 to 3 % at M = 64 and M = 192 and loses 3 % at M = 128 with Q in registers. exact keeps raw score units.
     """
 
-    def __init__(self, spec, scale_log2: Float32):
+    def __init__(self, spec, scale_log2: Float32, keep):
         self.fixed = spec.softmax == "fixed_ref"
         self.scale_log2 = scale_log2
         self.scaled = self.fixed and spec.scale_reference == "once"
         self.reference = cute.make_rmem_tensor((ROWS,), Float32)
         self.total = cute.make_rmem_tensor((ROWS,), Float32)
         self.rescale = cute.make_rmem_tensor((ROWS,), Float32)
+        self.keep = keep
 
     @cute.jit
     def reset(self):
         self.reference.fill(0.0)
         self.total.fill(0.0)
+        if const_expr(self.keep is not None):
+            self.keep.reset()
 
     @cute.jit
     def first_tile(self, acc_S: cute.Tensor):
@@ -59,6 +67,14 @@ class Softmax:
         S = rows_and_columns(acc_S)
         for r in cutlass.range_constexpr(ROWS):
             top = self.row_max(S, r)
+            if const_expr(self.keep is not None):
+                # A row that keeps none of these keys takes its reference from all of them: better than nothing.
+                self.keep.mask_row(S, r)
+                kept_top = self.row_max(S, r)
+                if const_expr(self.fixed):
+                    top = top if kept_top == -Float32.inf else kept_top
+                else:
+                    top = kept_top
             finite_top = Float32(0.0) if top == -Float32.inf else top
             shift = finite_top * self.scale_log2
             p = cute.math.exp2(S[r, None].load() * self.scale_log2 - shift, fastmath=True)
@@ -74,20 +90,36 @@ class Softmax:
     def next_tile(self, acc_S: cute.Tensor):
         """Scores -> P of a later tile."""
         S = rows_and_columns(acc_S)
-        for r in cutlass.range_constexpr(ROWS):
-            if const_expr(self.fixed):
-                shift, carried = self.shift(r), self.total[r]
-            else:
-                before = self.reference[r]
-                top = cute.arch.fmax(self.row_max(S, r), before)
-                self.reference[r] = top
-                finite_top = Float32(0.0) if top == -Float32.inf else top
-                shift = finite_top * self.scale_log2
-                self.rescale[r] = cute.math.exp2((before - finite_top) * self.scale_log2, fastmath=True)
-                carried = self.total[r] * self.rescale[r]
-            p = cute.math.exp2(S[r, None].load() * self.scale_log2 - shift, fastmath=True)
-            self.total[r] = p.reduce(cute.ReductionOp.ADD, carried, 0)
-            S[r, None].store(p)
+        if const_expr(self.fixed and self.keep is not None):
+            self.next_tile_of_union(S)
+        else:
+            for r in cutlass.range_constexpr(ROWS):
+                if const_expr(self.keep is not None):
+                    self.keep.mask_row(S, r)
+                if const_expr(self.fixed):
+                    shift, carried = self.shift(r), self.total[r]
+                else:
+                    before = self.reference[r]
+                    top = cute.arch.fmax(self.row_max(S, r), before)
+                    self.reference[r] = top
+                    finite_top = Float32(0.0) if top == -Float32.inf else top
+                    shift = finite_top * self.scale_log2
+                    self.rescale[r] = cute.math.exp2((before - finite_top) * self.scale_log2, fastmath=True)
+                    carried = self.total[r] * self.rescale[r]
+                p = cute.math.exp2(S[r, None].load() * self.scale_log2 - shift, fastmath=True)
+                self.total[r] = p.reduce(cute.ReductionOp.ADD, carried, 0)
+                S[r, None].store(p)
+
+    @cute.jit
+    def next_tile_of_union(self, S: cute.Tensor):
+        """P is 2^x where the row keeps the key and 0 elsewhere: no score is masked, no exponential wasted."""
+        shifts = [self.shift(r) for r in range(ROWS)]
+        for j in cutlass.range_constexpr(cute.size(S, mode=[1])):
+            x = [S[r, j] * self.scale_log2 - shifts[r] for r in range(ROWS)]
+            p = exp2_pair_where(self.keep.bit(j), *x)
+            for r in cutlass.range_constexpr(ROWS):
+                S[r, j] = p[r]
+                self.total[r] = self.total[r] + p[r]
 
     @cute.jit
     def row_max(self, S: cute.Tensor, r: cutlass.Constexpr[int]) -> Float32:
@@ -147,6 +179,8 @@ class Softmax:
             total = self.row_total(r)
             if const_expr(self.fixed):
                 total = Float32.inf if total > OVERFLOW else total
+                if const_expr(self.keep is not None):
+                    total = Float32.inf if self.keep.any_seen() and total < UNDERFLOW else total
             empty = total == 0.0
             inverse = cute.arch.rcp_approx(Float32(1.0) if empty else total)
             O_rows[r, None].store(O_rows[r, None].load() * inverse)

@@ -24,6 +24,7 @@ WARP_THREADS = 32
 WARPGROUP_THREADS = 128
 WGMMA_ROWS = 64  # rows of one warpgroup's WGMMA
 WARP_ROWS = 16  # of which each warp owns a quarter
+MAX_UNION_TILE_N = 128  # a thread holds the keep-bits of its columns, a quarter of a tile, in one 32-bit word
 MAX_TILE_N = 256  # WGMMA's largest N
 ELEMENT_BYTES = 2
 # Live registers of a consumer thread besides S, P, O and Q: addresses, row state, loop counters. Chosen so that every
@@ -56,6 +57,8 @@ class FwdSpec:
         result is the same; the code that ptxas makes of it is not (see softmax.py).
     proxy_fence: which role orders the generic-proxy writes of cp.async before the async-proxy reads of WGMMA.
     consumer_registers, producer_registers: setmaxnreg targets; None takes the measured default of the warp layout.
+    union_blocks: query blocks of the mask that share a CTA and one list, the union of theirs; 1 where a CTA serves one
+        block. A block has tile_m / union_blocks rows, and a key counts only for the blocks that keep it.
     redo: second pass after a fixed_ref launch: recomputes only blocks whose LSE is +inf or NaN, with exact softmax.
     """
 
@@ -74,6 +77,7 @@ class FwdSpec:
     proxy_fence: str = "producer"
     consumer_registers: Optional[int] = None
     producer_registers: Optional[int] = None
+    union_blocks: int = 1
     redo: bool = False
 
     def __post_init__(self):
@@ -117,6 +121,11 @@ class FwdSpec:
     def rows_per_thread(self) -> int:
         return self.tile_n // self.row_groups
 
+    @property
+    def q_box_rows(self) -> int:
+        """Rows of Q that one TMA box brings: blocks of a union need not be neighbours."""
+        return WARP_ROWS if self.union_blocks > 1 else WGMMA_ROWS
+
     # ---- budgets --------------------------------------------------------------------------------------------------
     @property
     def num_barriers(self) -> int:
@@ -141,7 +150,8 @@ class FwdSpec:
         """Estimated registers of a consumer thread: S fp32, P 16-bit, O fp32, Q if it is held, and the rest."""
         scores = self.tile_n // 2
         query = self.head_dim // 4 if self.q_source == "registers" else 0
-        return scores + scores // 2 + self.head_dim // 2 + query + CONSUMER_OVERHEAD_REGISTERS
+        bits = 4 if self.union_blocks > 1 else 0
+        return scores + scores // 2 + self.head_dim // 2 + query + bits + CONSUMER_OVERHEAD_REGISTERS
 
     @property
     def launch_registers(self) -> int:
@@ -179,6 +189,17 @@ class FwdSpec:
             f"tile_n {self.tile_n} is not a multiple of {step} up to {MAX_TILE_N} (head_dim {self.head_dim} copies "
             f"{self.row_groups} rows at a time)",
         )
+        if self.union_blocks > 1:
+            rows, rest = divmod(self.tile_m, self.union_blocks)
+            need(
+                rest == 0 and rows % WARP_ROWS == 0,
+                f"union_blocks {self.union_blocks} does not split tile_m {self.tile_m} into blocks of a multiple of 16",
+            )
+            need(
+                self.tile_n <= MAX_UNION_TILE_N and self.rows_per_thread in (4, 8),
+                f"a union needs tile_n {4 * self.row_groups} or {8 * self.row_groups}, at most {MAX_UNION_TILE_N}, "
+                f"not {self.tile_n}: a thread's keep-bits are whole bytes of the plan's",
+            )
         need(
             not (self.softmax == "fixed_ref" and self.dtype == "fp16"),
             "softmax fixed_ref needs the exponent range of bf16; fp16 takes softmax exact",
@@ -236,5 +257,6 @@ class FwdSpec:
         parts += ["qreg"] * (self.q_source == "registers") + ["pers"] * (self.scheduler == "persistent")
         parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
         parts += ["tscale"] * (self.scale_reference == "per_tile")
+        parts += [f"u{self.union_blocks}"] * (self.union_blocks > 1)
         parts += ["cfence"] * (self.proxy_fence == "consumer") + ["redo"] * self.redo
         return "_".join(parts)

@@ -53,7 +53,7 @@ def test_arguments_of_the_kernel(plan, layout):
     q, k, v = tensors(layout)
     l = launcher(plan, FwdSpec(head_dim=D, tile_m=64, tile_n=64), layout)
     out, lse = launch._launch(l, q, k, v, plan, 0.5, None, 132)
-    [(mq, mk, mv, mo, mlse, ids, work, scale, slice_m, ctas_per_block, num_ctas)] = l.kernel.calls
+    [(mq, mk, mv, mo, mlse, ids, work, scale, slice_m, ctas_per_block, num_ctas, *unions)] = l.kernel.calls
     for given, seen, heads, length in ((q, mq, HEADS, SQ), (k, mk, KV_HEADS, SK), (v, mv, KV_HEADS, SK)):
         assert seen.shape == (B, length, heads, D)
         assert seen.data_ptr() == given.data_ptr(), "no copy"
@@ -64,6 +64,7 @@ def test_arguments_of_the_kernel(plan, layout):
     assert ids is plan.ids and work is plan.work(B, HEADS) and work.shape == (B * HEADS * BLOCKS, 4)
     assert (scale, slice_m, ctas_per_block) == (0.5, 128, 2)
     assert num_ctas == B * HEADS * BLOCKS * 2
+    assert unions == [None, None]
 
 
 def test_persistent_grid_stops_at_what_the_gpu_holds():
@@ -82,7 +83,7 @@ def test_redo_runs_after_the_kernel_unless_a_bound_rules_it_out(plan):
     launch._launch(l, q, k, v, plan, 1.0, None, 1)
     (first,), (second,) = l.kernel.calls, l.redo.calls
     assert all(a is b for a, b in zip(first[:7], second[:7], strict=True)), "the same tensors"
-    assert first[-1] == 1 and second[-1] == B * HEADS * BLOCKS, "the redo pass is a plain grid"
+    assert first[10] == 1 and second[10] == B * HEADS * BLOCKS, "the redo pass is a plain grid"
     launch._launch(l, q, k, v, plan, 1.0, 2.0, 1)
     assert len(l.kernel.calls) == 2 and len(l.redo.calls) == 1
 
@@ -94,3 +95,10 @@ def test_the_bound_that_rules_poisoned_rows_out(seqlen_k):
     assert launch.needs_redo(seqlen_k, None)
     assert launch.needs_redo(seqlen_k, largest * 1.001)
     assert not launch.needs_redo(seqlen_k, largest * 0.999)
+
+
+def test_unions_underflow_before_they_overflow():
+    """A union's reference may lie 2 b above every key that a row keeps, and sums below 2^-60 are poisoned."""
+    bound = 59 * math.log(2) / 2
+    assert launch.needs_redo(1, bound * 1.001, union_blocks=8)
+    assert not launch.needs_redo(1, bound * 0.999, union_blocks=8)

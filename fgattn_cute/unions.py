@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UnionPlan: query blocks of fewer than 128 rows that share a CTA and one list, the union of theirs.
+
+A gather without sharing is bound by the L2 at slice_m below 64: M queries use each gathered byte M times. Blocks that
+keep similar keys are better served together: every key of their union is gathered once for all of them, and one bit per
+block says whose it is. The result is each block's own softmax, exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from fgattn_cute import bits as _bits
+from fgattn_cute import device_masks
+from fgattn_cute.errors import PlanError
+from fgattn_cute.mask import SliceMask, blocks_of
+from fgattn_cute.plan import Plan
+
+UNION_ROWS = 128  # query rows of a CTA
+SLACK_WORDS = 8  # a tail tile reads words past its list's end
+_CHUNK_WORDS = 1 << 16  # words packed at a time: bounds the temporaries
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class UnionPlan:
+    """Lists of unions, and which block keeps what of them.
+
+    lists: a Plan of the union mask: its query blocks are the unions, UNION_ROWS rows each.
+    members: int32 (words, union_blocks), bit i of word w of a union: whether the block keeps list position 32 w + i, in
+        keys. Words of union u start at ``lists.offset[u] * slice_n // 32 + u``, unions counted through (batch, heads).
+    blocks: int32 (unions, union_blocks), the query blocks of each union; ceil(seqlen_q / slice_m) or more means none.
+    slice_m: queries of a block.
+    """
+
+    lists: Plan
+    members: torch.Tensor
+    blocks: torch.Tensor
+    slice_m: int
+    _work: dict = dataclasses.field(default_factory=dict, init=False)
+
+    @classmethod
+    def from_mask(cls, mask: SliceMask, order: torch.Tensor | None = None, backend: str | None = None) -> UnionPlan:
+        """Builds the unions of a mask on its device. Allocating the lists reads one number back.
+
+        Args:
+            mask: slice_m 16, 32 or 64, a divisor of UNION_ROWS.
+            order: int64 permutation of the query blocks, (blocks_q,) or (batch, heads, blocks_q): consecutive ones
+                share a union. None takes neighbours. Outputs stay where the queries are, whatever the order.
+            backend: "cuda" or "emulator" for the kernel that packs the keep-bits, "torch"; None takes the kernel where
+                the mask lies on a GPU that runs it.
+
+        Raises:
+            PlanError: slice_m does not divide UNION_ROWS, or ``order`` is not a permutation's shape and type.
+        """
+        if not isinstance(mask, SliceMask):
+            raise PlanError(f"a union plan is made from a SliceMask, not from {type(mask).__name__}")
+        if UNION_ROWS % mask.slice_m or mask.slice_m == UNION_ROWS or mask.slice_m % 16:
+            raise PlanError(
+                f"slice_m {mask.slice_m} does not share a CTA of {UNION_ROWS} rows; 16, 32 and 64 do, and "
+                "Plan.from_mask takes any multiple of 16"
+            )
+        size = UNION_ROWS // mask.slice_m
+        blocks = _grouped(mask, order, size)
+        # One row of zeros stands for the blocks that the last union lacks.
+        rows = torch.nn.functional.pad(mask.bits, (0, 0, 0, 1))
+        row = blocks.clamp(max=mask.blocks_q).flatten(-2)[..., None].expand(*blocks.shape[:2], -1, rows.shape[-1])
+        parts = rows.gather(2, row).unflatten(2, blocks.shape[2:])
+        union = functools.reduce(torch.bitwise_or, parts.unbind(3))
+        geometry = {**mask.geometry, "slice_m": UNION_ROWS}
+        lists = Plan.from_mask(SliceMask(union.contiguous(), **geometry))
+        words = parts.flatten(0, 2).contiguous()
+        members = _pack(lists, words, backend or device_masks.backend_of(mask.bits))
+        return cls(lists, members, blocks.flatten(0, 2).to(torch.int32).contiguous(), mask.slice_m)
+
+    # ---- facts, as a Plan has them --------------------------------------------------------------------------------
+    @property
+    def union_blocks(self) -> int:
+        """Query blocks of a union."""
+        return self.members.shape[1]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self.lists.ids
+
+    @property
+    def slice_n(self) -> int:
+        return self.lists.slice_n
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.lists.seqlen_q
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.lists.seqlen_k
+
+    @property
+    def batch(self) -> int:
+        return self.lists.batch
+
+    @property
+    def heads(self) -> int:
+        return self.lists.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.lists.device
+
+    @functools.cached_property
+    def signature(self) -> tuple:
+        """Everything about the plan that the soundness of a call depends on, besides the stored values."""
+        return (type(self), self.slice_m, *self.lists.signature)
+
+    @property
+    def nbytes(self) -> int:
+        return self.lists.nbytes + sum(t.numel() * t.element_size() for t in (self.members, self.blocks))
+
+    @property
+    def density(self) -> float:
+        """Exact fraction of (query, key) pairs that are kept. Reads back from the device."""
+        return self.to_mask().density
+
+    @property
+    def union_factor(self) -> float:
+        """Pairs that the unions compute over pairs that are kept: 1 where blocks of a union keep the same keys."""
+        return self.lists.density / self.density
+
+    def validate(self) -> list[str]:
+        """What is wrong with the stored lists, one sentence each. Reads them back."""
+        return self.lists.validate()
+
+    def __repr__(self) -> str:
+        return (
+            f"UnionPlan({self.union_blocks} blocks of {self.slice_m} queries to a union, slice_n {self.slice_n}, "
+            f"seqlen {self.seqlen_q} x {self.seqlen_k}, batch {self.batch}, heads {self.heads}, {self.device})"
+        )
+
+    def work(self, batch: int, heads: int) -> torch.Tensor:
+        """``Plan.work`` of the unions, with the union's number in place of a query block."""
+        cached = self._work.get((batch, heads))
+        if cached is None:
+            work = self.lists.work(batch, heads)
+            head, entry = work[:, 1] & 0xFFFF, work[:, 1] >> 16
+            stored = (entry if self.batch > 1 else 0) * self.heads + (head if self.heads > 1 else 0)
+            union = stored * self.lists.blocks_q + work[:, 0]
+            cached = torch.cat([union[:, None].to(torch.int32), work[:, 1:]], dim=1).contiguous()
+            self._work[batch, heads] = cached
+        return cached
+
+    def to_mask(self) -> SliceMask:
+        """The mask that the unions were made of."""
+        blocks_q = blocks_of(self.seqlen_q, self.slice_m)
+        columns = self.lists.blocks_k
+        starts = word_starts(self.lists)
+        keep = torch.zeros(starts.numel(), self.union_blocks, columns, dtype=torch.bool, device=self.device)
+        for union, (start, offset, keys) in enumerate(
+            zip(starts.tolist(), self.lists.offset.flatten().tolist(), self.lists.keys.flatten().tolist(), strict=True)
+        ):
+            position = torch.arange(0, keys, self.slice_n, device=self.device)
+            word = self.members[start + position // 32].T
+            ids = self.ids[offset + position // self.slice_n].long()
+            keep[union, :, ids] = (word >> (position % 32) & 1).bool()
+        dense = torch.zeros(self.batch, self.heads, blocks_q + 1, columns, dtype=torch.bool, device=self.device)
+        place = self.blocks.long().clamp(max=blocks_q).view(self.batch, self.heads, -1)
+        dense.scatter_(2, place[..., None].expand(-1, -1, -1, columns), keep.view(*place.shape, columns))
+        geometry = {**self.lists.geometry, "slice_m": self.slice_m}
+        return SliceMask.from_dense(dense[:, :, :blocks_q], **geometry)
+
+
+def word_starts(lists: Plan) -> torch.Tensor:
+    """int64 (unions,): first word of each union. One word more per union than the lists need keeps them apart."""
+    flat = lists.offset.flatten()
+    return flat * lists.slice_n // 32 + torch.arange(flat.numel(), device=flat.device)
+
+
+def _grouped(mask: SliceMask, order, size: int) -> torch.Tensor:
+    """int64 (batch, heads, unions, size): the query blocks of each union."""
+    batch, heads, count = mask.bits.shape[:3]
+    unions = blocks_of(count, size)
+    if order is None:
+        order = torch.arange(count, device=mask.device)
+    good = isinstance(order, torch.Tensor) and order.dtype == torch.int64
+    if not good or order.shape not in ((count,), (batch, heads, count)):
+        raise PlanError(f"order is not an int64 permutation of {count} query blocks, ({count},) or per batch and head")
+    order = order.to(mask.device).expand(batch, heads, count)
+    missing = torch.arange(count, unions * size, device=mask.device).expand(batch, heads, -1)
+    return torch.cat([order, missing], dim=-1).unflatten(-1, (unions, size))
+
+
+def _pack(lists: Plan, rows: torch.Tensor, backend: str) -> torch.Tensor:
+    """Keep-bits by list position: int32 (words, union_blocks), see UnionPlan.
+
+    Args:
+        rows: int32 (unions, union_blocks, words of a mask row).
+    """
+    starts = word_starts(lists)
+    total = lists.capacity * lists.slice_n // 32 + starts.numel() + SLACK_WORDS
+    members = torch.zeros(total, rows.shape[1], dtype=torch.int32, device=rows.device)
+    offset, keys = lists.offset.flatten(), lists.keys.flatten()
+    if backend != "torch":
+        device_masks.pack_members(rows, lists.ids, offset, keys, starts, members, lists.slice_n, backend)
+        return members
+    lane = torch.arange(32, device=rows.device)
+    for first in range(0, total, _CHUNK_WORDS):
+        word = torch.arange(first, min(first + _CHUNK_WORDS, total), device=rows.device)
+        union = (torch.searchsorted(starts, word, right=True) - 1).clamp(min=0)
+        position = (word - starts[union])[:, None] * 32 + lane
+        inside = (position < keys[union][:, None]) & (word >= starts[0])[:, None]
+        ids = lists.ids[(offset[union][:, None] + position // lists.slice_n).clamp(max=lists.ids.numel() - 1)].long()
+        ids = torch.where(inside, ids, 0)
+        for block in range(rows.shape[1]):
+            bit = (rows[union[:, None], block, ids // 32] >> (ids % 32)) & 1 & inside
+            members[word, block] = _bits.pack(bit.bool())[:, 0]
+    return members

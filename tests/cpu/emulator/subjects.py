@@ -39,15 +39,16 @@ def gemm(name, **options):
 
 
 def problem(spec, slice_m, seqlens, heads, density, last_keys):
-    """q, k, v, plan and the oracle's out and LSE. Block 0 of head 0 keeps nothing, the last block `last_keys` keys."""
+    """q, k, v, plan and the oracle's out and LSE. Block 0 of head 0 keeps nothing, the last block `last_keys` keys;
+    with `last_keys` 0 every block keeps 21."""
     sq, sk = seqlens
     q, k, v = (torch.randn(1, n, heads, spec.head_dim).to(torch.bfloat16) for n in (sq, sk, sk))
     allowed = torch.rand(1, heads, 1, sk) < 0.8
     allowed[..., 0] = False
     keep = (torch.rand(1, heads, -(-sq // slice_m), sk) < density / 0.8) & allowed
     keep[0, 0, 0] = False
-    last = keep[0, -1, -1]
-    last[last.nonzero()[last_keys:]] = False
+    for row in [keep[0, -1, -1]] if last_keys else keep.flatten(0, 2):
+        row[row.nonzero()[last_keys or 21 :]] = False
     mask = fg.SliceMask.from_dense(keep, slice_m=slice_m, slice_n=1, seqlen_q=sq, seqlen_k=sk)
     plan = fg.Plan.from_mask(mask)
     out, lse = fg.reference.attention(q, k, v, plan, return_lse=True)
@@ -60,15 +61,15 @@ def forward(name, density=0.4, seqlens=(192, 1200), heads=1, slice_m=None, tile_
     """fg.attention on random lists, against the fp32 oracle.
 
     What the kernel must not use shows if it is used: keys that a head keeps nowhere are NaN in K and V, key 0 among
-    them (the id that pads lists). Lists are eight tiles long, so that every slot of every ring is used again; the last
-    list ends inside its last tile, and in a second problem inside its first. The bound on the logits does away with the
-    redo pass, which would repair what a broken fixed-reference kernel gets wrong.
+    them (the id that pads lists). Lists are eight tiles long, so that every slot of every ring is used again; the
+    last list ends inside its last tile, in a second problem inside its first, and in a third all lists do. The bound
+    on the logits does away with the redo pass, which would repair what a broken fixed-reference kernel gets wrong.
     """
     from fgattn_cute.kernels.spec import FwdSpec
 
     spec = FwdSpec(head_dim=64, tile_n=tile_n, **fields)
     slice_m = slice_m or spec.tile_m
-    problems = [problem(spec, slice_m, seqlens, heads, density, keys) for keys in (7 * tile_n + 21, 21)]
+    problems = [problem(spec, slice_m, seqlens, heads, density, keys) for keys in (7 * tile_n + 21, 21, 0)]
 
     def run(emu):
         worst = 0.0

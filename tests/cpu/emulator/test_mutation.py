@@ -86,8 +86,10 @@ UNDETECTED = {
     "forward, consumer's fence, blocks of 48 queries": GATHER,
     "forward, fixed reference, persistent, ping-pong": {
         **GATHER,
-        "drop bar.sync": 3,
-        "drop bulk wait_group": 1,
+        "drop mbarrier arrive": 0,
+        "drop mbarrier wait": 3,
+        "elect.sync always true": 1,
+        "drop bar.sync": 2,
         "operand in 64-byte swizzle": 3,
     },
 }

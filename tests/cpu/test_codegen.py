@@ -74,7 +74,7 @@ def expected_instructions(spec):
         "WARPGROUP.ARRIVE": 2 * SITES,
         "WARPGROUP.DEPBAR": WGMMA_WAITS,
         "LDGSTS": SITES * 2 * copies,
-        "UTMALDG": spec.consumer_warpgroups * boxes,
+        "UTMALDG": spec.tile_m // spec.q_box_rows * boxes,
         "USETMAXREG": 2,
         "STL": 0,
         "LDL": 0,
@@ -125,6 +125,23 @@ def test_presets(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", list(variants()))
 def test_other_segments(spec):
+    check(spec)
+
+
+def unions():
+    """Unions of the presets' 128-row kernels, one softmax and type quick, the other head dims and sizes slow."""
+    for preset in presets.builtin("h200").presets:
+        for spec in preset.specs():
+            for size in (8, 4):
+                union = dataclasses.replace(spec, union_blocks=size)
+                if spec.tile_m != 128 or union.reasons():
+                    continue
+                marks = () if (size, spec.head_dim, spec.dtype) == (8, 128, "bf16") else (pytest.mark.slow,)
+                yield pytest.param(union, id=f"{preset.id}-{spec.dtype}-u{size}", marks=marks)
+
+
+@pytest.mark.parametrize("spec", list(unions()))
+def test_unions(spec):
     check(spec)
 
 

@@ -2,7 +2,7 @@
 """Dense and sparse video side by side, on any CPU: python examples/sparse_video.py
 
 A Wan transformer of toy size learns, in about a minute, to make videos of a ball that crosses a sky. Then the real
-WanPipeline of diffusers makes the same video dense and sparse, from the same noise, and a report sets them side by side.
+WanPipeline of diffusers makes one video dense and sparse, from the same noise, and a report sets them side by side.
 """
 
 from __future__ import annotations

@@ -228,3 +228,16 @@ def test_report_says_what_was_kept_and_what_it_cost():
     text = str(report)
     assert "12 self-attention calls, 4 dense, 8 sparse (4 masks found, 4 reused)" in text
     assert "transformer.0" in text and "transformer.1" in text
+
+
+def test_compiled_blocks_run_the_same_attention():
+    """A graph break at each attention: the state outside the graph is followed as before."""
+    model, inputs = video_models.wan(layers=2), video_models.wan_inputs()
+    with enable(model, policy(Recorder(), dense_steps=0)) as handle, torch.no_grad():
+        expected = model(**inputs).sample
+        handle.new_run()
+        model.compile_repeated_blocks(backend="eager")
+        out = model(**inputs).sample
+    torch.testing.assert_close(out, expected)
+    rows = [(r["run"], r["layer"], r["action"]) for r in handle.report().rows()]
+    assert rows == [(run, layer, "find") for run in (0, 1) for layer in (0, 1)]

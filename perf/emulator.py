@@ -30,13 +30,17 @@ def problem(seqlen: int, heads: int, density: float, spec: FwdSpec):
 
 
 def measure(call, repeats: int, **session) -> dict:
-    """Median over `repeats` launches of the emulation itself (without marshalling), after one to warm up."""
-    seconds, walls = [], []
+    """Median over `repeats` launches of the emulation itself (without marshalling), after one to warm up.
+
+    `cpu_seconds` is the CPU time of the whole call over all threads: what to read where the machine is shared.
+    """
+    seconds, walls, cpu = [], [], []
     for _ in range(repeats + 1):
         with emulator.session(on_violation="collect", **session) as emu:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             call()
             walls.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - start_cpu)
         main = max(emu.report(), key=lambda launch: launch.result.seconds)
         seconds.append(sum(launch.result.seconds for launch in emu.report()))
     counters = main.result.counters
@@ -45,6 +49,7 @@ def measure(call, repeats: int, **session) -> dict:
         "seconds": round(median, 5),
         "seconds_min": round(min(seconds[1:]), 5),
         "wall_seconds": round(statistics.median(walls[1:]), 5),
+        "cpu_seconds": round(statistics.median(cpu[1:]), 5),
         "warp_instructions": counters["instructions"],
         "million_instructions_per_s": round(counters["instructions"] / median / 1e6, 2),
         "wgmma_gflops": round(counters.get("wgmma_flops", 0) / median / 1e9, 2),

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch path: both ways of calling, modules loaded back, options, reports and refusals."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -14,6 +16,7 @@ import torch
 from cutlass.cute.runtime import from_dlpack, make_fake_compact_tensor, make_fake_stream
 
 from fgattn_cute import emulator
+from fgattn_cute.emulator import errors
 
 
 @cute.kernel
@@ -148,6 +151,7 @@ def test_kernels_loaded_back_from_an_object_file(through_tvm_ffi, data, tmp_path
 FRESH = """
 import sys, torch, cutlass.cute as cute
 from fgattn_cute import emulator
+from fgattn_cute.emulator import errors
 emulator.prepare()
 path, ptx, key = sys.argv[1:4]
 f = cute.runtime.load_module(path, enable_tvm_ffi=True).scale
@@ -277,3 +281,11 @@ def test_no_compiler_is_a_clear_error(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "PATH": str(tmp_path), "FGATTN_CACHE_DIR": str(tmp_path)}
     env.pop("CC", None)
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+def test_the_page_names_every_option_and_every_kind_of_error():
+    text = (Path(__file__).resolve().parents[3] / "docs" / "emulator.md").read_text()
+    for option in inspect.signature(emulator.session).parameters:
+        assert f"`{option}`" in text, option
+    for kind in errors.KINDS:
+        assert f"`{kind}`" in text, kind

@@ -155,6 +155,17 @@ def publish(spec, artifact: Artifact) -> None:
         log.warning("kernel %s could not be stored in %s: %s", spec.name, folder(), why)
 
 
+def annotate(spec, **facts) -> None:
+    """Add facts to a complete entry, where the mode allows it; without effect where there is none."""
+    base = folder() / stem_of(spec)
+    if settings.cache_mode() != "on":
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged record is for load() to report
+        record = json.loads(_read(base, ".json"))
+        record["facts"].update(facts)
+        _write(base, ".json", json.dumps(record, indent=1).encode() + b"\n")
+
+
 @contextlib.contextmanager
 def locked(spec):
     """Hold the lock of one entry against other processes; without effect where the cache is not written."""

@@ -93,15 +93,14 @@ def nvdisasm() -> str | None:
     return shutil.which("nvdisasm")
 
 
-_INSTRUCTION = re.compile(r"^\s*/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?(?P<opcode>[A-Z][A-Za-z0-9_.]*)")
+_INSTRUCTION = re.compile(r"^\s*/\*(?P<at>[0-9a-f]{4,})\*/\s+(?P<if>@!?U?P[0-9T]+\s+)?(?P<opcode>[A-Z][A-Za-z0-9_.]*)")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+# What a loop does its work with. A stretch of a loop that a branch skips and that holds none of these is a slow path.
+_WORK = ("HGMMA", "LDGSTS", "MUFU.EX2")
 
 
-def opcodes(cubin: bytes) -> list[str]:
-    """Every instruction's full opcode ("HGMMA.64x80x16.F32.BF16") in program order.
-
-    Raises:
-        CompileError: nvdisasm is not installed, or does not understand the cubin.
-    """
+def _disassemble(cubin: bytes) -> list[str]:
     tool = nvdisasm()
     if tool is None:
         raise CompileError("nvdisasm was not found: pip install nvidia-cuda-nvdisasm")
@@ -111,7 +110,50 @@ def opcodes(cubin: bytes) -> list[str]:
         done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(f"nvdisasm failed: {done.stderr.strip()}")
-    return [found["opcode"] for line in done.stdout.splitlines() if (found := _INSTRUCTION.match(line))]
+    return done.stdout.splitlines()
+
+
+def opcodes(cubin: bytes) -> list[str]:
+    """Every instruction's full opcode ("HGMMA.64x80x16.F32.BF16") in program order.
+
+    Raises:
+        CompileError: nvdisasm is not installed, or does not understand the cubin.
+    """
+    return [found["opcode"] for line in _disassemble(cubin) if (found := _INSTRUCTION.match(line))]
+
+
+def loops(cubin: bytes) -> dict[str, list[str]]:
+    """Opcodes of one round of a forward kernel's two steady loops: {"consumer": ..., "producer": ...}.
+
+    The consumer's is the innermost loop with HGMMA, the producer's the innermost one with LDGSTS. Slow paths inside
+    them (retries of a barrier, the guard of fixed_ref) are left out: stretches without work that a branch skips.
+
+    Raises:
+        CompileError: as ``opcodes``, or the kernel has no such loops.
+    """
+    code, labels, branches = [], {}, []
+    for line in _disassemble(cubin):
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := _INSTRUCTION.match(line):
+            if target := _BRANCH.search(line):
+                branches.append((len(code), target[1], found["if"] is not None))
+            code.append(found["opcode"])
+    jumps = [(at, labels[target], maybe) for at, target, maybe in branches]
+    return {role: _innermost(code, jumps, wanted) for role, wanted in (("consumer", "HGMMA"), ("producer", "LDGSTS"))}
+
+
+def _innermost(code: list[str], jumps: list[tuple[int, int, bool]], wanted: str) -> list[str]:
+    # The way back from an out-of-line retry is a backward branch too, but an unconditional one.
+    spans = [(start, end) for end, start, maybe in jumps if maybe and start <= end and count(code[start:end], wanted)]
+    if not spans:
+        raise CompileError(f"the kernel has no loop with {wanted}")
+    start, end = min(spans, key=lambda span: span[1] - span[0])
+    cold: set[int] = set()
+    for at, target, maybe in jumps:
+        if maybe and start <= at < target <= end and not any(count(code[at:target], op) for op in _WORK):
+            cold.update(range(at + 1, target))
+    return [code[i] for i in range(start, end + 1) if i not in cold]
 
 
 def count(instructions: list[str], prefix: str) -> int:

@@ -54,7 +54,16 @@ class GpuModel(_Model):
     boost_mhz: Fact
     power_w: Fact = Field(description="power limit")
     l2_gather_tb_per_s: Fact | None = Field(None, description="random 256-byte rows by cp.async, 32 MB footprint")
+    l2_gather_two_ctas_tb_per_s: Fact | None = Field(None, description="the same with two CTAs on each SM")
     sustained_mhz: Fact | None = Field(None, description="clock under back-to-back attention kernels")
+    dense_attention_tflops: Fact | None = Field(None, description="the best dense attention, bf16, head dim 128")
+    # What the cost model (roofline.py) knows about an SM.
+    tensor_flop_per_clk: Fact | None = Field(None, description="16-bit WGMMA, one SM")
+    mufu_per_clk: Fact | None = Field(None, description="exponentials, one SM")
+    smem_bytes_per_clk: Fact | None = Field(None, description="shared-memory port, one SM")
+    cycles_per_instruction: Fact | None = Field(None, description="issue slots that an instruction of a loop takes")
+    overlap_exponent: Fact | None = Field(None, description="p of the norm that joins the resources' cycles")
+    list_cycles: Fact | None = Field(None, description="cycles of a CTA before its first and after its last tile")
 
 
 class IntCondition(_Model):

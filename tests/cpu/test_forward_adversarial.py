@@ -212,7 +212,7 @@ def test_redo_recomputes_the_poisoned_blocks_and_touches_no_other(scheduler, num
         assert same_bits(both.out[:, rows].contiguous(), source.out[:, rows].contiguous())
         assert same_bits(both.lse[..., rows].contiguous(), source.lse[..., rows].contiguous())
     assert not same_bits(first.out[:, :64].contiguous(), exact.out[:, :64].contiguous()), "the modes round differently"
-    products = [launched.result.counters["wgmma"] for launched in both.report]
+    products = [launched.result.counters["instructions.wgmma"] for launched in both.report]
     assert products[1] * 6 == products[0] * 2, "two blocks of six, with lists of the same length"
 
 

@@ -62,6 +62,13 @@ def wan_inputs(batch=BATCH, timestep=900.0, image=False, grid=GRID, seed=1):
     return inputs
 
 
+def wan_ti2v_inputs():
+    """Wan 2.2 5B: a timestep per token, 0 where a frame is given."""
+    timestep = torch.full((BATCH, TOKENS), 900.0)
+    timestep[:, : TOKENS // GRID[0]] = 0
+    return wan_inputs() | {"timestep": timestep}
+
+
 def hunyuan():
     from diffusers import HunyuanVideoTransformer3DModel
 
@@ -224,6 +231,7 @@ def ltx_inputs():
 CASES = (
     Case("wan", wan, wan_inputs),
     Case("wan-i2v", lambda: wan(image=True), lambda: wan_inputs(image=True)),
+    Case("wan-ti2v", wan, wan_ti2v_inputs),
     Case("hunyuan", hunyuan, hunyuan_inputs, text=(9, 4)),
     Case("hunyuan15", hunyuan15, hunyuan15_inputs, text=(10, 5)),
     Case("cogvideox", cogvideox, cogvideox_inputs, text=(8, 8), text_first=True),

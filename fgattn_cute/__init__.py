@@ -14,6 +14,7 @@ import importlib
 
 _FROM = {
     "attention": "api",
+    "autotune": "tuner",
     "explain": "api",
     "Explanation": "explanation",
     "SliceMask": "mask",
@@ -47,6 +48,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "attention",
+    "autotune",
     "convert",
     "emulator",
     "explain",

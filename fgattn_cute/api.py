@@ -209,3 +209,8 @@ def _plan_of(mask: SliceMask) -> Plan:
 def _launcher(problem: Problem, gpu: _gpu.Gpu, spec, config: str | None, emulated: bool = False) -> launch.Launcher:
     choice: Choice = select(problem, gpu, spec)
     return launch.prepare(problem, choice.spec, emulated)
+
+
+def forget_choices() -> None:
+    """Ask again which kernel a problem takes: after autotune, or a change of a preset file."""
+    _launcher.cache_clear()

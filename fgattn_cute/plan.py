@@ -207,7 +207,14 @@ class Plan:
     @functools.cached_property
     def signature(self) -> tuple:
         """Everything about the plan that the soundness of a call depends on, besides the stored values."""
-        return (type(self), *self.geometry.values(), self.batch, self.heads, self.device)
+        return (type(self), *self.geometry.values(), self.batch, self.heads, self.device, self.density_bucket)
+
+    @functools.cached_property
+    def density_bucket(self) -> int:
+        """Minus log2 of the kept fraction, rounded down: 0 above 50 %, 1 above 25 %, ... Told by the allocation, so it
+        asks nothing of the device; a capacity counts in full."""
+        cells = self.keys.numel() * blocks_of(self.seqlen_k, self.slice_n)
+        return max(cells // max(self.capacity, 1), 1).bit_length() - 1
 
     def counts(self) -> torch.Tensor:
         """Segments in each list: int64 (batch, heads, blocks_q), on the plan's device."""

@@ -24,6 +24,8 @@ class Problem:
     slice_m, slice_n: the plan's slices.
     plan_batch, plan_heads: what the plan stores; 1 means shared.
     union_blocks: query blocks that share a list; 1 for a Plan.
+    density_bucket: minus log2 of the kept fraction, rounded down, as the plan's allocation tells it without asking the
+        device. None where that is not known.
     """
 
     batch: int
@@ -43,6 +45,7 @@ class Problem:
     plan_batch: int
     plan_heads: int
     union_blocks: int = 1
+    density_bucket: int | None = None
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan, layout: str = "bshd") -> Problem:
@@ -66,6 +69,7 @@ class Problem:
             plan_batch=plan.batch,
             plan_heads=plan.heads,
             union_blocks=getattr(plan, "union_blocks", 1),
+            density_bucket=getattr(plan, "density_bucket", None),
         )
 
     @property

@@ -252,7 +252,7 @@ class Workload:
     """What the model needs to know of a problem and its plan.
 
     keys: length of every list in keys, one per query block, head and batch entry.
-    heads, batch: of q. kv_heads: of k and v.
+    heads, batch: of q. kv_heads: of k and v. slice_m: rows that share a list, of all blocks of a union.
     """
 
     keys: tuple[int, ...]
@@ -273,7 +273,7 @@ class Workload:
     @classmethod
     def uniform(cls, problem, density: float, keys: tuple[int, ...] | None = None) -> Workload:
         """Of a problem whose lists all keep ``density`` of the keys."""
-        lists = problem.batch * problem.heads * problem.blocks_q
+        lists = problem.batch * problem.heads * -(-problem.blocks_q // problem.union_blocks)
         return cls(
             keys=(round(density * problem.seqlen_k),) * lists if keys is None else keys,
             batch=problem.batch,
@@ -281,7 +281,7 @@ class Workload:
             kv_heads=problem.kv_heads,
             seqlen_q=problem.seqlen_q,
             seqlen_k=problem.seqlen_k,
-            slice_m=problem.slice_m,
+            slice_m=problem.slice_m * problem.union_blocks,
         )
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problem x Gpu -> Choice: which kernel runs a call, where the choice came from and why.
 
-Order: an explicit spec; the user's preset file (FGATTN_CONFIG); the shipped file of the GPU; its fallback.
+Order: an explicit spec; the user's preset file (FGATTN_CONFIG); what autotune has measured for such calls; the shipped
+file of the GPU; its fallback.
 
 Inside a file the first preset that takes the mask's slice_m wins. Where none does (slice_m 80, 320, ...), every preset
 of the problem's dtype and head dim can still run it, because larger slices share their list among several CTAs and
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from . import presets, settings
+from . import presets, settings, tuned
 from .errors import InputError, PresetError, UnsupportedError, refusal
 from .gpu import Gpu
 from .kernels.spec import FwdSpec
@@ -32,8 +33,8 @@ class Choice:
     """A kernel for a problem.
 
     spec: complete and able to run.
-    source: "explicit", "user", "preset" or "fallback".
-    preset_id: None for an explicit FwdSpec.
+    source: "explicit", "user", "tuned", "preset" or "fallback".
+    preset_id: None for an explicit FwdSpec; of a tuned kernel the preset whose ranges it comes from.
     why: one sentence.
     """
 
@@ -72,7 +73,26 @@ def select(problem: Problem, gpu: Gpu, spec: FwdSpec | str | None = None) -> Cho
     if spec is not None:
         return _explicit(problem, gpu, spec)
     ranked = _ranked(problem, files_for(gpu))
-    return ranked[0][0]
+    found = None if ranked[0][0].source == "user" else tuned.find(problem, gpu)
+    return ranked[0][0] if found is None else _tuned(*found)
+
+
+def _tuned(spec: FwdSpec, record: dict) -> Choice:
+    winner, baseline = record["winner"], record["baseline"]
+    times = f"{winner['timing']['median_ms']:.4g} ms"
+    if baseline["timing"] and baseline["kernel"] != winner["kernel"]:
+        times += f" against {baseline['timing']['median_ms']:.4g} ms of {baseline['kernel']}"
+    why = (
+        f"fastest of {sum(c['timing'] is not None for c in record['candidates'])} measured on {record['created'][:10]}"
+    )
+    return Choice(spec, "tuned", winner["preset_id"], f"{why}: {times}")
+
+
+def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
+    """The shipped file's entry for every problem: what tuning candidates are compared with."""
+    preset = _shipped(gpu.name).presets[-1]
+    spec = preset.spec(dtype=problem.dtype_name, head_dim=problem.head_dim, slice_n=problem.slice_n)
+    return dataclasses.replace(spec, union_blocks=problem.union_blocks)
 
 
 def runners_up(problem: Problem, gpu: Gpu, chosen: FwdSpec) -> list[RunnerUp]:

@@ -79,7 +79,7 @@ class RowLse(MassConsumer):
     """Natural logarithm of each query's sum of exponentials, into the tensor that other kernels read it from."""
 
     def bind(self):
-        self.softmax = Softmax(self.spec, self.scale_log2)
+        self.softmax = Softmax(self.spec, self.scale_log2, keep=None)
 
     @cute.jit
     def start(self):

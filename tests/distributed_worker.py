@@ -71,7 +71,7 @@ def check_diffusers(rank, world):
 
     torch.accelerator.device_count = lambda: 1  # diffusers places ranks on accelerators, and a CPU has none
     inputs = video_models.wan_inputs(grid=(2, 4, 2 * world))
-    per_head = {"tau": 0.01, "layers": {0: {"tau": [0.01 + 0.005 * head for head in range(world)]}}}
+    per_head = {"tau": 0.01, "layers": {0: {"tau": [0.01 + 0.005 * head for head in range(2 * world)]}}}
     for kind, options in (
         ("ulysses", per_head),
         ("ulysses", per_head | {"tile": (2, 2, 3)}),
@@ -80,7 +80,7 @@ def check_diffusers(rank, world):
         ("ring", {"rule": "radial", "rule_options": {"decay": 0.2}}),
     ):
         torch.manual_seed(5)
-        model = video_models.wan(heads=world, layers=2)
+        model = video_models.wan(heads=2 * world, layers=2)
         policy = SparsePolicy(slice_m=16, dense_steps=0, **options)
         with torch.no_grad():
             with enable(model, policy) as handle:
@@ -93,8 +93,8 @@ def check_diffusers(rank, world):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
         assert [row["action"] for row in shared] == ["find"] * 2
         for mine, whole in zip(shared, alone, strict=True):
-            if kind == "ulysses":  # one head here, all queries
-                assert mine["density"] == [whole["density"][rank]] * world
+            if kind == "ulysses":  # two heads here, all queries
+                assert mine["density"] == whole["density"][2 * rank : 2 * rank + 2]
             else:  # all heads here, some of the queries
                 density = torch.tensor(mine["density"])
                 dist.all_reduce(density)

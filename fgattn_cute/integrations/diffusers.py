@@ -101,8 +101,7 @@ class Handle:
         records = {key: record for engine in self._engines for key, record in engine.records.items()}
         records = dict(sorted(records.items(), key=lambda item: (item[0][0], item[0][3], item[0][4])))
         held = [engine.held_bytes for engine in self._engines]
-        heads = {engine.component: engine.heads for engine in self._engines}
-        return Report(records, heads, (sum(masks for masks, _ in held), sum(plans for _, plans in held)))
+        return Report(records, (sum(masks for masks, _ in held), sum(plans for _, plans in held)))
 
     def new_run(self) -> None:
         """Says that the next call of a transformer starts a run; only needed without a pipeline, for one-step runs."""

@@ -164,7 +164,7 @@ class Engine:
             )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        record, moment = Record("reuse"), self._need_scene().moment
+        record, moment = Record("reuse", q.shape[2]), self._need_scene().moment
         schedule = self._schedule(moment.branch, 0, q.shape)
 
         def find(_) -> SliceMask:
@@ -203,7 +203,7 @@ class Engine:
     def _attend(self, layer: int, q, k, v, scale, entry: int, heads: range) -> torch.Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         moment, key = self._need_scene().moment, (layer, entry)
-        record = Record("reuse")
+        record = Record("reuse", len(heads))
         schedule = self._schedule(moment.branch, entry, q.shape)
 
         def find(_) -> SliceMask:

@@ -85,7 +85,7 @@ class SparseProcessor:
         with Stopwatch(arguments[1].device) as watch:
             out = self.inner(*arguments) if dense else self._sparse(*arguments)
         if dense:
-            self.engine.record(self.layer, 0, Record("dense"))
+            self.engine.record(self.layer, 0, Record("dense", self.engine.heads))
         for record in self.engine.fresh:
             record.call, record.entries = watch, len(self.engine.fresh)
         return out

@@ -44,6 +44,7 @@ class Record:
     """One attention call of one layer.
 
     action: "dense", "find" (a new mask) or "reuse".
+    heads: heads attended here: all of the model's, but for processes that share them.
     density: (heads,) kept share of the (query, key) pairs, on the device; None where dense.
     recall: (heads,) share of the softmax mass that a new mask keeps, where measured.
     call: time of the attention processor, shared by ``entries`` records; find: time to find the mask.
@@ -51,6 +52,7 @@ class Record:
     """
 
     action: str
+    heads: int
     density: torch.Tensor | None = None
     recall: torch.Tensor | None = None
     call: Stopwatch | None = None  # set when the processor returns
@@ -73,19 +75,18 @@ class Report:
     Args:
         records: (run, component, layer, step, branch, entry) -> Record. ``entry`` counts batch entries of models that
             attend entry by entry, and is 0 elsewhere.
-        heads: heads per component.
         held_bytes: bytes of masks and of key lists held at this moment.
     """
 
-    def __init__(self, records: dict[tuple, Record], heads: dict[str, int], held_bytes: tuple[int, int]):
-        self._records, self._heads = dict(records), dict(heads)
+    def __init__(self, records: dict[tuple, Record], held_bytes: tuple[int, int]):
+        self._records = dict(records)
         self.mask_bytes, self.plan_bytes = held_bytes
 
     def rows(self) -> list[dict]:
         """One dictionary per attention call, in the order of the calls; reads the device."""
         rows = []
         for (run, component, layer, step, branch, entry), record in self._records.items():
-            heads = self._heads[component]
+            heads = record.heads
             density = [1.0] * heads if record.density is None else _per_head(record.density, heads)
             rows.append(
                 {

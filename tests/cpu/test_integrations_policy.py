@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policies: what they refuse, how they travel as files; and the guards: nothing runs dense in silence."""
 
+import ast
 import dataclasses
+import importlib
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +287,30 @@ def test_a_backend_of_the_users_serves_the_dense_steps_only(monkeypatch):
     assert model.blocks[0].attn1.processor._attention_backend == "_native_math"
     assert handle.report().rows()[0]["action"] == "find"
     model.reset_attention_backend()
+
+
+# ---- the document -----------------------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parents[2]
+FIELDS = {field.name for field in dataclasses.fields(SparsePolicy)}
+
+
+@pytest.mark.parametrize("name", ["docs/wan.md", "README.md"])
+def test_what_documents_call_exists(name):
+    """Imports from here resolve, policies in examples are made of existing fields, and are policies."""
+    text, policies = (ROOT / name).read_text(), 0
+    for block in re.findall(r"^```py(?:thon)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("fgattn_cute"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "SparsePolicy":
+                SparsePolicy(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords})
+                policies += 1
+    assert policies
+
+
+def test_the_document_explains_every_field():
+    text = (ROOT / "docs/wan.md").read_text()
+    explained = set(re.findall(r"`(\w+)[`=]", text))
+    assert FIELDS - explained <= {"rule_options", "backend", "measure_recall"}
+    assert "SparsePolicy(measure_recall=True)" in text

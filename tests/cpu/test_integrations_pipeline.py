@@ -64,3 +64,31 @@ def test_wan_with_its_real_vae_and_scheduler():
     disable(handle)
     assert (other - dense).abs().max() > 1e-3
     assert torch.equal(run(), dense)
+
+
+def test_ltx_with_guidance_in_one_batch():
+    """Both passes of guidance come as one batch, with masks per batch entry; the grid comes from the pipeline."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline
+
+    random = torch.Generator().manual_seed(0)
+    case = next(case for case in video_models.CASES if case.name == "ltx")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = LTXPipeline(scheduler, None, None, None, case.build())
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {f"{kind}prompt_embeds": torch.randn(1, 7, 16, generator=random) for kind in ("", "negative_")}
+    masks = {f"{kind}prompt_attention_mask": torch.ones(1, 7) for kind in ("", "negative_")}
+    size = {"height": 128, "width": 192, "num_frames": 17, "num_inference_steps": 4}
+
+    def run():
+        generator = torch.Generator().manual_seed(1)
+        return pipe(**embeds, **masks, **size, guidance_scale=3.0, generator=generator, output_type="latent").frames
+
+    dense = run()
+    with enable(pipe, SparsePolicy(slice_m=16, top_k=10, dense_steps=1, refresh_every=3, tile=(1, 2, 3))) as handle:
+        sparse = run()
+    rows = handle.report().rows()
+    assert [row["action"] for row in rows if row["layer"] == 0] == ["dense", "find", "reuse", "reuse"]
+    assert {row["branch"] for row in rows} == {0} and torch.isfinite(sparse).all()
+    # 3 x 4 x 6 latents of one token each, of which every block keeps ten.
+    assert all(row["density"] == [pytest.approx(10 / 72)] * 2 for row in rows if row["action"] != "dense")
+    assert not torch.allclose(sparse, dense) and torch.equal(run(), dense)

@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n 2
 FAST := not slow and not gpu and not fa4
 
-.PHONY: help test demo lint format slow clean
+.PHONY: help test demo lint format slow fa4 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -33,6 +33,10 @@ format: $(INSTALLED) ## let ruff repair what it can
 
 slow: $(INSTALLED) ## the long tests
 	$(PYTEST) -m 'slow and not gpu and not fa4'
+
+fa4: $(INSTALLED) ## FlashAttention-4's Hopper kernels on the emulator; installs flash-attn-4
+	$(PIP_INSTALL) --no-deps flash-attn-4==4.0.0b36 quack-kernels==0.6.5 einops torch-c-dlpack-ext
+	$(PYTEST) -m fa4
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

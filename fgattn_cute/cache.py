@@ -99,26 +99,39 @@ def load(spec) -> Artifact | None:
     """The spec's entry, or None where there is none, it is damaged (with a warning), or the cache is off."""
     mode = settings.cache_mode()
     base = folder() / stem_of(spec)
-    if mode == "off" or not base.with_name(f"{base.name}.json").exists() or not _trusted():
+    if mode == "off":
         return None
+    if not base.with_name(f"{base.name}.json").exists() or not trusted(folder()):
+        from . import prebuilt
+
+        return prebuilt.load(spec)
     try:
-        record = json.loads(_read(base, ".json"))
-        object_file, ptx = _read(base, ".o"), _read(base, ".ptx")
-        for what, expected, got in (
-            ("key", key_of(spec), record["key"]),
-            ("object file", record["object_sha256"], _sha256(object_file)),
-            ("PTX", record["ptx_sha256"], _sha256(ptx)),
-        ):
-            if expected != got:
-                raise ValueError(f"the {what} is not the recorded one")
-        artifact = Artifact(object_file, ptx.decode(), dict(record["facts"]))
-    except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError) as why:
+        artifact = read_entry(base, key_of(spec))
+    except (OSError, ValueError, KeyError, TypeError) as why:
         discard(spec, f"{type(why).__name__}: {why}")
         return None
     if mode == "on":
         with contextlib.suppress(OSError):
             os.utime(base.with_name(f"{base.name}.json"))  # last use, for prune
     return artifact
+
+
+def read_entry(base: Path, key: str) -> Artifact:
+    """The entry with the files ``base`` + suffix.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is damaged, or has another key.
+    """
+    record = json.loads(_read(base, ".json"))
+    object_file, ptx = _read(base, ".o"), _read(base, ".ptx")
+    for what, expected, got in (
+        ("key", key, record["key"]),
+        ("object file", record["object_sha256"], _sha256(object_file)),
+        ("PTX", record["ptx_sha256"], _sha256(ptx)),
+    ):
+        if expected != got:
+            raise ValueError(f"the {what} is not the recorded one")
+    return Artifact(object_file, ptx.decode(), dict(record["facts"]))
 
 
 def discard(spec, why: str) -> None:
@@ -133,6 +146,15 @@ def publish(spec, artifact: Artifact) -> None:
     """Store an artifact where the mode allows it. A failure is a warning: the kernel works, only slower next time."""
     if settings.cache_mode() != "on":
         return
+    try:
+        _make_folder()
+        write_entry(folder(), spec, artifact)
+    except OSError as why:
+        log.warning("kernel %s could not be stored in %s: %s", spec.name, folder(), why)
+
+
+def write_entry(where: Path, spec, artifact: Artifact) -> None:
+    """Store an artifact in a folder. Raises OSError."""
     ptx = artifact.ptx.encode()
     record = {
         "name": spec.name,
@@ -145,14 +167,10 @@ def publish(spec, artifact: Artifact) -> None:
         "ptx_sha256": _sha256(ptx),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    base = folder() / stem_of(spec)
-    try:
-        _make_folder()
-        _write(base, ".o", artifact.object_file)
-        _write(base, ".ptx", ptx)
-        _write(base, ".json", json.dumps(record, indent=1).encode() + b"\n")
-    except OSError as why:
-        log.warning("kernel %s could not be stored in %s: %s", spec.name, folder(), why)
+    base = where / stem_of(spec)
+    _write(base, ".o", artifact.object_file)
+    _write(base, ".ptx", ptx)
+    _write(base, ".json", json.dumps(record, indent=1).encode() + b"\n")
 
 
 def annotate(spec, **facts) -> None:
@@ -228,12 +246,12 @@ def _make_folder() -> None:
     folder().mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _trusted() -> bool:
-    """The cache holds native code that is loaded into the process, so nobody else may have written it."""
-    found = folder().stat()
+def trusted(where: Path) -> bool:
+    """A cache holds native code that is loaded into the process, so nobody else may have written it."""
+    found = where.stat()
     if found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022:
         return True
-    log.warning("kernel cache %s is not used: others can write to it (chmod 700 it, if it is yours)", folder())
+    log.warning("kernel cache %s is not used: others can write to it (chmod 700 it, if it is yours)", where)
     return False
 
 

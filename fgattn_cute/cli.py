@@ -36,6 +36,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 def main() -> None:
     """Entry point of the console script."""
+    from fgattn_cute import cli_kernels  # noqa: F401 - adds its commands
+
     try:
         app()
     except FgAttnError as refused:
@@ -426,5 +428,7 @@ def _print_demo(result) -> None:
     )
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # under its own name, so that the commands of cli_kernels join the same app
+    from fgattn_cute.cli import main as run
+
+    run()

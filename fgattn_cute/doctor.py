@@ -16,6 +16,7 @@ PACKAGES = ("fgattn-cute", "torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "cud
 VARIABLES = (
     "FGATTN_CACHE",
     "FGATTN_CACHE_DIR",
+    "FGATTN_PREBUILT_DIR",
     "FGATTN_CONFIG",
     "FGATTN_GPU",
     "FGATTN_COMPILE_WORKERS",

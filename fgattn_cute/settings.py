@@ -5,6 +5,7 @@
 |---|---|---|---|
 | FGATTN_CACHE | on, ro, off | on | compiled kernels on disk: read and write, read only, not used |
 | FGATTN_CACHE_DIR | folder | the user's cache folder | where they lie |
+| FGATTN_PREBUILT_DIR | folder | none | kernels that `fgattn compile` has made, read where the cache has none |
 | FGATTN_CONFIG | YAML file or folder of them | none | presets that are searched before the shipped ones |
 | FGATTN_GPU | a file of configs/, such as h200 | none | the GPU to choose kernels for, not the one found |
 | FGATTN_COMPILE_WORKERS | 1, 2, ... | half the CPUs | processes that compile side by side |
@@ -15,6 +16,7 @@ Values are read when they are needed, so a test or a program may change them bet
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -52,6 +54,26 @@ def cache_dir() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("fgattn_cute")
+
+
+def prebuilt_dir() -> Path | None:
+    """FGATTN_PREBUILT_DIR: an existing folder; else that of an installed package fgattn_cute_kernels; else None."""
+    value = os.environ.get("FGATTN_PREBUILT_DIR")
+    if value:
+        path = Path(value).expanduser()
+        if not path.is_dir():
+            raise InputError(f"environment variable FGATTN_PREBUILT_DIR={value!r} is not a folder")
+        return path
+    return _packaged_kernels()
+
+
+@functools.cache
+def _packaged_kernels() -> Path | None:
+    import importlib.util
+
+    found = importlib.util.find_spec("fgattn_cute_kernels")
+    places = found.submodule_search_locations if found else None
+    return Path(next(iter(places))) if places else None
 
 
 def config_path() -> Path | None:

@@ -54,7 +54,7 @@ def fgattn_process(*arguments, **environment) -> subprocess.CompletedProcess:
 def test_without_a_command_it_lists_them():
     done = fgattn()
     assert "Usage" in done.stdout + done.stderr
-    for command in ("demo", "doctor", "explain", "presets", "cache", "mask"):
+    for command in ("bench", "compile", "demo", "doctor", "explain", "presets", "cache", "mask", "tune"):
         assert command in done.stdout + done.stderr
 
 
@@ -197,3 +197,55 @@ def test_mask_commands_refuse_other_files(tmp_path):
     done = fgattn("mask", "stats", tmp_path / "noise")
     assert done.returncode == 1 and "MaskError" in done.stderr and "is not a safetensors file" in done.stderr
     assert fgattn("mask", "stats", tmp_path / "absent").returncode == 2
+
+
+# ---- kernels: tune, compile, bench ----------------------------------------------------------------------------------
+def test_tune_without_a_hopper_ranks_by_the_model_and_says_so():
+    arguments = ("tune", "--gpu", "h200", "--slice-m", 192, "--seqlen", 4096, "--heads", 2)
+    data = json.loads(fgattn(*arguments, "--json").stdout)
+    assert data["measured"] is False and data["path"] is None
+    priced = [c["predicted_ms"] for c in data["candidates"] if c["rejected"] is None]
+    assert len(priced) > 20 and priced == sorted(priced)
+    assert all(c["timing"] is None for c in data["candidates"])
+    text = fgattn(*arguments).stdout
+    assert "NOT measured" in text and data["winner"]["kernel"] in text
+
+
+def test_tune_does_not_write_what_was_not_measured(tmp_path):
+    path = tmp_path / "h200.yaml"
+    path.write_text((ROOT / "configs/h200.yaml").read_text())
+    done = fgattn("tune", "--gpu", "h200", "--seqlen", 1024, "--write", path)
+    assert done.returncode == 1 and "nothing was measured" in done.stderr
+    assert path.read_text() == (ROOT / "configs/h200.yaml").read_text()
+
+
+def test_bench_without_a_hopper_says_that_it_expects():
+    data = json.loads(fgattn("bench", "--gpu", "h200", "--json").stdout)
+    assert data["measured"] is False and 3 < data["speed_up"] < 3.6
+    assert "False" in fgattn("bench", "--gpu", "h200").stdout
+    assert fgattn("bench", "--gpu", "h2000").returncode == 1
+    assert fgattn("bench", "--gpu", "h200", "--dtype", "fp8").returncode == 2
+
+
+def test_compile_reports_each_kernel_and_checks_a_folder(tmp_path, monkeypatch):
+    from fgattn_cute import cache, workers
+
+    def pretend(specs, processes=None, on_done=None):
+        for spec in specs[1:]:
+            cache.publish(spec, cache.Artifact(b"code", "ptx", {}))
+        return [workers.Outcome(s, "ptxas died" if i == 0 else None, 0.1, {}) for i, s in enumerate(specs)]
+
+    monkeypatch.setattr(workers, "compile_all", pretend)
+    monkeypatch.setenv("FGATTN_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    done = fgattn("compile", "--gpu", "h200", "--head-dim", 256, "--dtype", "bf16", "--out", out, "--json")
+    data = json.loads(done.stdout)
+    assert done.returncode == 1 and data["failed"] == 1 and data["compiled"] == len(data["kernels"]) - 1 > 1
+    assert len(list(out.glob("*.o"))) == data["compiled"]
+    assert fgattn("compile", "--out", out, "--check").returncode == 0
+    next(out.glob("*.o")).write_bytes(b"x")
+    checked = fgattn("compile", "--out", out, "--check", "--json")
+    assert checked.returncode == 1
+    assert sum(v["refused"] is not None for v in json.loads(checked.stdout)) == 1
+    assert fgattn("compile", "--check").returncode == 2
+    assert fgattn("compile", "--gpu", "h200", "--head-dim", 80).returncode == 2

@@ -29,8 +29,8 @@ FUNCTION_ALLOWANCE: dict[str, int] = {}
 RESTRICTED = {
     "yaml": {"presets.py", "integrations/policy_file.py"},
     "pydantic": {"presets.py", "integrations/policy_file.py"},
-    "typer": {"cli.py"},
-    "rich": {"cli.py"},
+    "typer": {"cli.py", "cli_kernels.py"},
+    "rich": {"cli.py", "cli_kernels.py"},
     "matplotlib": {"demo_picture.py", "pictures.py"},
     "skimage": {"demo_scene.py", "quality.py"},
     "diffusers": {"integrations/"},

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be measured without a GPU: host overhead of a call, import, compile cold and warm, masks and plans.
+
+    python -m perf.host [--compile] [--out results.jsonl]
+
+The launch is a stub, so a call's time is what this package adds to it. The machine's load is in every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import fgattn_cute as fg
+from fgattn_cute import api, checks, launch
+from fgattn_cute.gpu import from_config
+from fgattn_cute.kernels.spec import FwdSpec
+from fgattn_cute.select import select
+
+ROOT = Path(__file__).parent.parent
+CALLS = 2000
+
+
+def example(seqlen: int = 512, heads: int = 2, head_dim: int = 128):
+    """q, k, v and a plan on the CPU."""
+    q, k, v = (torch.randn(1, seqlen, heads, head_dim).bfloat16() for _ in range(3))
+    keep = torch.rand(1, heads, seqlen // 128, seqlen) < 0.3
+    mask = fg.SliceMask.from_dense(keep, slice_m=128, slice_n=1, seqlen_q=seqlen, seqlen_k=seqlen)
+    return q, k, v, fg.Plan.from_mask(mask)
+
+
+def call_overhead(calls: int = CALLS) -> dict:
+    """Microseconds that attention() adds to the kernel's own launch call, plan and choice cached.
+
+    The way through ``api.run`` is the GPU's, with three replacements: the backend is "cuda" whatever the tensors, the
+    launcher's kernel does nothing, and the number of SMs is a constant. Allocating out and lse is timed apart, as any
+    caller must do it.
+    """
+    q, k, v, plan = example()
+    gpu = from_config("h200")
+    problem = checks.check(q, k, v, plan)
+    spec = select(problem, gpu).spec
+    nothing = lambda *_: None
+    launcher = launch.Launcher(spec, nothing, None, plan.slice_m, launch.ctas_per_block(spec, plan.slice_m), "bshd")
+
+    def stubbed(launcher_, q, k, v, plan, scale, logit_bound):
+        return launch._launch(launcher_, q, k, v, plan, scale, logit_bound, gpu.sms)
+
+    with (
+        mock.patch.object(api, "pick_backend", lambda *_: "cuda"),
+        mock.patch.object(api, "_launcher", lambda *_, **__: launcher),
+        mock.patch.object(api._gpu, "current", lambda device: gpu),
+        mock.patch.object(launch, "on_cuda", stubbed),
+    ):
+        whole = microseconds(lambda: fg.attention(q, k, v, plan), calls)
+        allocation = microseconds(
+            lambda: (torch.empty_like(q), torch.empty((1, q.shape[2], q.shape[1]), dtype=torch.float32)), calls
+        )
+    return {"what": "call overhead", "us": round(whole - allocation, 2), "allocation_us": round(allocation, 2)}
+
+
+def microseconds(call, calls: int) -> float:
+    """Best of five means: what the code takes when nothing else runs."""
+    call()
+    means = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls // 5):
+            call()
+        means.append(1e6 * (time.perf_counter() - start) / (calls // 5))
+    return min(means)
+
+
+def import_time() -> dict:
+    """Seconds of ``import fgattn_cute`` after torch, in a fresh interpreter; the best of three."""
+    code = "import time, torch; t = time.perf_counter(); import fgattn_cute; print(time.perf_counter() - t)"
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True) for _ in range(3)]
+    return {"what": "import", "s": round(min(float(run.stdout) for run in runs), 4)}
+
+
+def compile_time(spec: FwdSpec) -> dict:
+    """Seconds to the first use of a kernel, each in a fresh interpreter: into an empty cache, then from it."""
+    code = (
+        "import time; from fgattn_cute import compile as c; from fgattn_cute.kernels.spec import FwdSpec;"
+        f"c._import_dsl(); t = time.perf_counter(); k = c.get({spec!r}); print(time.perf_counter() - t, k.source)"
+    )
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "FGATTN_CACHE_DIR": folder, "FGATTN_CACHE": "on"}
+        for state, source in (("cold", "compiled"), ("warm", "disk")):
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            )
+            seconds, got = done.stdout.split()
+            assert got == source, f"expected a kernel that is {source}, it is {got}"
+            found[f"{state}_s"] = round(float(seconds), 4)
+    return {"what": "compile", "kernel": spec.name, **found}
+
+
+def plans(seqlen: int = 8192, heads: int = 2) -> dict:
+    """Milliseconds on the CPU from a dense mask to bits, and from bits to lists."""
+    keep = torch.rand(1, heads, seqlen // 128, seqlen) < 0.3
+    geometry = {"slice_m": 128, "slice_n": 1, "seqlen_q": seqlen, "seqlen_k": seqlen}
+    mask = fg.SliceMask.from_dense(keep, **geometry)
+    cells = keep.numel()
+    mask_ms = statistics.median(_ms(lambda: fg.SliceMask.from_dense(keep, **geometry)) for _ in range(5))
+    plan_ms = statistics.median(_ms(lambda: fg.Plan.from_mask(mask)) for _ in range(5))
+    return {"what": "mask and plan", "cells": cells, "mask_ms": round(mask_ms, 3), "plan_ms": round(plan_ms, 3)}
+
+
+def _ms(call) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Prints one JSON record per figure."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--compile", action="store_true", help="also the compile times (half a minute)")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    records = [call_overhead(), import_time(), plans()]
+    if options.compile:
+        records.append(compile_time(FwdSpec(head_dim=128, tile_m=192, tile_n=80, ping_pong=True)))
+    lines = [json.dumps({**record, "machine": platform.machine()}) for record in records]
+    print("\n".join(lines))
+    if options.out:
+        with options.out.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -38,8 +38,19 @@ fa4: $(INSTALLED) ## FlashAttention-4's Hopper kernels on the emulator; installs
 	$(PIP_INSTALL) --no-deps flash-attn-4==4.0.0b36 quack-kernels==0.6.5 einops torch-c-dlpack-ext
 	$(PYTEST) -m fa4
 
+bench: $(INSTALLED) ## what can be measured without a GPU: host overhead, compile times, kernels' figures
+	$(BIN)/python -m perf.host --compile
+	$(BIN)/python -m perf.static
+
+# A machine that can download nothing sets GPU_PYTHON to an interpreter with torch and the runtime wheels; no
+# environment is made then. docs/performance.md says how to bring wheels and kernels along.
+GPU_PYTHON ?= $(BIN)/python
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## on a Hopper: tests, tuner, benchmarks, pictures; 20 minutes
+	$(GPU_PYTHON) -m perf.gpu
+
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .gpu-results build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or \

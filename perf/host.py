@@ -24,7 +24,7 @@ import torch
 
 import fgattn_cute as fg
 from fgattn_cute import api, checks, launch
-from fgattn_cute.gpu import from_config
+from fgattn_cute import gpu as gpus
 from fgattn_cute.kernels.spec import FwdSpec
 from fgattn_cute.select import select
 
@@ -43,12 +43,11 @@ def example(seqlen: int = 512, heads: int = 2, head_dim: int = 128):
 def call_overhead(calls: int = CALLS) -> dict:
     """Microseconds that attention() adds to the kernel's own launch call, plan and choice cached.
 
-    The way through ``api.run`` is the GPU's, with three replacements: the backend is "cuda" whatever the tensors, the
-    launcher's kernel does nothing, and the number of SMs is a constant. Allocating out and lse is timed apart, as any
-    caller must do it.
+    The way is the GPU's, with three replacements: the backend is "cuda" whatever the tensors, the device's properties
+    are constants, and the kernel does nothing. Allocating out and lse is timed apart, as any caller must do it.
     """
     q, k, v, plan = example()
-    gpu = from_config("h200")
+    gpu = gpus.from_config("h200")
     problem = checks.check(q, k, v, plan)
     spec = select(problem, gpu).spec
     nothing = lambda *_: None
@@ -59,14 +58,16 @@ def call_overhead(calls: int = CALLS) -> dict:
 
     with (
         mock.patch.object(api, "pick_backend", lambda *_: "cuda"),
-        mock.patch.object(api, "_launcher", lambda *_, **__: launcher),
-        mock.patch.object(api._gpu, "current", lambda device: gpu),
+        mock.patch.object(launch, "prepare", lambda *_: launcher),
+        mock.patch.object(gpus, "from_cuda", lambda device: gpu),
         mock.patch.object(launch, "on_cuda", stubbed),
     ):
+        api.forget_choices()
         whole = microseconds(lambda: fg.attention(q, k, v, plan), calls)
         allocation = microseconds(
             lambda: (torch.empty_like(q), torch.empty((1, q.shape[2], q.shape[1]), dtype=torch.float32)), calls
         )
+    api.forget_choices()
     return {"what": "call overhead", "us": round(whole - allocation, 2), "allocation_us": round(allocation, 2)}
 
 

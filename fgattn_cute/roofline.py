@@ -171,6 +171,8 @@ def _estimated(spec: FwdSpec) -> Instructions:
     consumer = 1.75 * spec.tile_n + 4 * products + 35 + 20 * spec.ping_pong
     if spec.softmax == "exact":
         consumer += spec.tile_n / 2 + spec.head_dim / 2 + 30
+    if spec.union_blocks > 1:
+        consumer += spec.tile_n / 2 + 15  # a select for every score and the mask word
     producer = 3 * spec.rows_per_thread * spec.atoms_per_row + 65
     return Instructions(round(consumer), round(producer), "estimated")
 
@@ -253,6 +255,7 @@ class Workload:
 
     keys: length of every list in keys, one per query block, head and batch entry.
     heads, batch: of q. kv_heads: of k and v. slice_m: rows that share a list, of all blocks of a union.
+    kept_share: kept pairs over those in the lists, less than 1 for unions.
     """
 
     keys: tuple[int, ...]
@@ -262,13 +265,16 @@ class Workload:
     seqlen_q: int
     seqlen_k: int
     slice_m: int
+    kept_share: float = 1.0
 
     @classmethod
     def of(cls, problem, plan) -> Workload:
         """Of a problem and its plan; reads the lists' lengths back from the device."""
         repeat = (problem.batch // plan.batch) * (problem.heads // plan.heads)
-        keys = tuple(plan.keys.flatten().tolist()) * repeat
-        return cls.uniform(problem, 0.0, keys=keys)
+        lists = plan.lists if problem.union_blocks > 1 else plan
+        work = cls.uniform(problem, 0.0, keys=tuple(lists.keys.flatten().tolist()) * repeat)
+        share = plan.density / lists.density if problem.union_blocks > 1 and lists.density else 1.0
+        return dataclasses.replace(work, kept_share=share)
 
     @classmethod
     def uniform(cls, problem, density: float, keys: tuple[int, ...] | None = None) -> Workload:
@@ -329,7 +335,7 @@ def predict(spec: FwdSpec, facts: presets.GpuFacts, work: Workload, found: Instr
     costs = [n * tile * spec.ctas_per_sm + machine.list_cycles for n in tiles for _ in range(parts)]
     seconds = makespan(costs, machine.sms * spec.ctas_per_sm) / machine.clock_hz
     rows = _rows_of_blocks(work)
-    flops = 4 * spec.head_dim * sum(n * r for n, r in zip(work.keys, rows, strict=True))
+    flops = 4 * spec.head_dim * sum(n * r for n, r in zip(work.keys, rows, strict=True)) * work.kept_share
     dense = 4 * spec.head_dim * work.batch * work.heads * work.seqlen_q * work.seqlen_k / (machine.dense_tflops * 1e12)
     ends = len(costs) * machine.list_cycles / spec.ctas_per_sm / machine.sms / machine.clock_hz
     full = len(costs) * work.seqlen_k / spec.tile_n * tile / machine.sms / machine.clock_hz
@@ -342,7 +348,7 @@ def predict(spec: FwdSpec, facts: presets.GpuFacts, work: Workload, found: Instr
         binding=max(cycles, key=cycles.get),
         seconds=seconds,
         packed_tflops=flops / seconds / 1e12 if seconds else 0.0,
-        break_even_density=max(0.0, (dense - ends) / full),
+        break_even_density=max(0.0, (dense - ends) / full) * work.kept_share,
     )
 
 

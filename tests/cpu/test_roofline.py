@@ -211,3 +211,18 @@ def test_explain_prices_the_choice_and_the_runners_up():
     assert work.keys == (600,) * 32
     again = roofline.predict(explained.choice.spec, facts_for(from_config("h200")), work)
     assert again.seconds == explained.prediction.seconds
+
+
+def test_unions_are_priced_by_their_lists_and_paid_by_their_kept_pairs():
+    from fgattn_cute.unions import UnionPlan
+
+    q = torch.empty(1, 512, 2, 128, dtype=torch.bfloat16)
+    keep = torch.rand(1, 2, 32, 512) < 0.3
+    plan = UnionPlan.from_mask(fg.SliceMask.from_dense(keep, slice_m=16, slice_n=1, seqlen_q=512, seqlen_k=512))
+    explained = fg.explain(q, q, q, plan, gpu=from_config("h200"))
+    work = roofline.Workload.of(explained.problem, plan)
+    assert work.slice_m == 128 and sorted(work.keys) == sorted(plan.lists.keys.flatten().tolist())
+    pairs = explained.prediction.packed_tflops * 1e12 * explained.prediction.seconds / (4 * 128)
+    assert pairs == pytest.approx(int(keep.sum()) * 16, rel=1e-6)
+    tuning = fg.autotune(q, q, q, plan, gpu=from_config("h200"))
+    assert not tuning.measured and tuning.winner.spec.union_blocks == 8

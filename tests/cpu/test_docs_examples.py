@@ -126,6 +126,7 @@ def test_commands_in_the_readme_exist():
     pytest.importorskip("typer", reason="the command line needs the extra cli")
     from typer.main import get_command
 
+    from fgattn_cute import cli_kernels  # noqa: F401 - adds its commands
     from fgattn_cute.cli import app
 
     root = get_command(app)

@@ -2,10 +2,10 @@
 """Compiled kernels on disk.
 
 A folder of files named by their content: ``<spec.name>-<hash>.o`` (host code with the cubin inside), ``.ptx`` beside it
-(the emulator runs it) and ``.json`` (what it is, and the hash of the object file). The hash covers the spec, the
-sources under ``kernels/``, the compile step and every version that shapes the code, so an entry is never stale: it is
-simply not found any more. The JSON file is written last and marks the entry complete. A damaged entry is a miss with a
-warning. Nothing is ever unpickled.
+(the emulator runs it), ``.so`` (the same linked, where that was possible) and ``.json`` (what it is, and the hashes of
+the others). The hash covers the spec, the sources under ``kernels/``, the compile step and every version that shapes
+the code, so an entry is never stale: it is simply not found any more. The JSON file is written last and marks the entry
+complete. A damaged entry is a miss with a warning. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from .settings import log
 
 ARCH = "sm_90a"
 LOCK_TIMEOUT_S = 600
-_SUFFIXES = (".o", ".ptx", ".json")
+_SUFFIXES = (".o", ".so", ".ptx", ".json")
 _SHOWN_HASH_CHARS = 12
 
 
@@ -38,11 +37,13 @@ class Artifact:
     object_file: host object code that exports the TVM-FFI function ``spec.name``.
     ptx: the kernel's PTX.
     facts: JSON values: registers, stack_bytes, smem_bytes, code_bytes, compile_ms, kernel.
+    library: the object file as a shared library; None where it could not be linked.
     """
 
     object_file: bytes
     ptx: str
     facts: dict
+    library: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +66,29 @@ def folder() -> Path:
 def versions() -> dict[str, str]:
     """Everything outside the sources that shapes the code: DSL distributions, TVM-FFI, Python, architecture."""
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "arch": ARCH}
-    for dist in importlib.metadata.distributions():
-        name = (dist.metadata["Name"] or "").lower()
+    # The names of the folders say it all, and importlib.metadata would open every package's metadata: 100 ms.
+    for place in reversed(sys.path):  # the first on the path is the one that is imported
         # The CUDA family of the compiler is part of a distribution's name, so all of them count.
-        if name.startswith("nvidia-cutlass-dsl") or name == "apache-tvm-ffi":
-            found[name] = dist.version
+        for pattern in ("nvidia_cutlass_dsl*.dist-info", "apache_tvm_ffi-*.dist-info"):
+            for path in Path(place).glob(pattern):
+                name, _, version = path.name.removesuffix(".dist-info").rpartition("-")
+                found[name.replace("_", "-")] = version
     return dict(sorted(found.items()))
 
 
 @functools.cache
 def fingerprint() -> str:
-    """Hash of the kernel sources, the compile step and ``versions()``."""
+    """Hash of ``sources()`` and ``versions()``."""
+    return _sha256(json.dumps([sources(), versions()]).encode())
+
+
+@functools.cache
+def sources() -> str:
+    """Hash of the kernel sources and the compile step."""
     here = Path(__file__).parent
-    digest = hashlib.sha256(json.dumps(versions()).encode())
-    for path in (*sorted((here / "kernels").glob("*.py")), here / "compile.py", here / "signatures.py"):
+    digest = hashlib.sha256()
+    steps = [here / name for name in ("compile.py", "loading.py", "signatures.py")]
+    for path in (*sorted((here / "kernels").glob("*.py")), *steps):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -124,14 +134,16 @@ def read_entry(base: Path, key: str) -> Artifact:
     """
     record = json.loads(_read(base, ".json"))
     object_file, ptx = _read(base, ".o"), _read(base, ".ptx")
+    library = _read(base, ".so") if record["library_sha256"] else None
     for what, expected, got in (
         ("key", key, record["key"]),
         ("object file", record["object_sha256"], _sha256(object_file)),
         ("PTX", record["ptx_sha256"], _sha256(ptx)),
+        ("library", record["library_sha256"], library and _sha256(library)),
     ):
         if expected != got:
             raise ValueError(f"the {what} is not the recorded one")
-    return Artifact(object_file, ptx.decode(), dict(record["facts"]))
+    return Artifact(object_file, ptx.decode(), dict(record["facts"]), library)
 
 
 def discard(spec, why: str) -> None:
@@ -160,16 +172,20 @@ def write_entry(where: Path, spec, artifact: Artifact) -> None:
         "name": spec.name,
         "key": key_of(spec),
         "fingerprint": fingerprint(),
+        "sources": sources(),
         "spec": dataclasses.asdict(spec),
         "facts": artifact.facts,
         "versions": versions(),
         "object_sha256": _sha256(artifact.object_file),
         "ptx_sha256": _sha256(ptx),
+        "library_sha256": artifact.library and _sha256(artifact.library),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     base = where / stem_of(spec)
     _write(base, ".o", artifact.object_file)
     _write(base, ".ptx", ptx)
+    if artifact.library is not None:
+        _write(base, ".so", artifact.library)
     _write(base, ".json", json.dumps(record, indent=1).encode() + b"\n")
 
 
@@ -213,7 +229,7 @@ def records() -> list[dict]:
         try:
             record = json.loads(path.read_bytes())
             used = path.stat().st_mtime
-            sizes = [path.with_suffix(suffix).stat().st_size for suffix in _SUFFIXES]
+            sizes = [own.stat().st_size for own in map(path.with_suffix, _SUFFIXES) if own.exists()]
         except (OSError, ValueError):
             continue
         stale = record.get("fingerprint") != fingerprint()

@@ -2,8 +2,9 @@
 """Spec -> a function that launches its kernel: memory, then the disk cache, then cute.compile.
 
 A spec is a FwdSpec or one of kernels/mask_spec.py. The key is the spec alone. Extents and strides are symbolic, so no
-shape ever compiles again. Compilation needs no GPU. The DSL is imported on first use. ``cute.compile`` aborts the
-process when two threads call it, so one lock guards it.
+shape ever compiles again. Compilation needs no GPU. The DSL is imported when a kernel must be compiled or emulated;
+one that lies on disk is loaded without it (``loading.py``). ``cute.compile`` aborts the process when two threads call
+it, so one lock guards it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cache, cubin, signatures
+from . import cache, cubin, loading, signatures
 from .cache import ARCH, Artifact
 from .errors import CompileError
 from .kernels.mask_spec import CompactSpec, MassSpec, MemberSpec
@@ -68,7 +69,7 @@ def get(spec: Spec, *, emulated: bool = False) -> Compiled:
                 from . import emulator
 
                 emulator.prepare()
-            found = _load_or_compile(spec)
+            found = _load_or_compile(spec, emulated)
             if emulated:
                 emulator.register_ptx(cubin.from_object(found.artifact.object_file), found.artifact.ptx)
             _memory[spec, emulated] = found
@@ -87,16 +88,16 @@ def forget() -> None:
         _memory.clear()
 
 
-def _load_or_compile(spec: Spec) -> Compiled:
+def _load_or_compile(spec: Spec, emulated: bool) -> Compiled:
     found, source = _find_or_build(spec)
     try:
-        return Compiled(spec, _load(spec, found), source, found)
+        return Compiled(spec, _load(spec, found, emulated), source, found)
     except CompileError as why:
         if source == "compiled":
             raise
         cache.discard(spec, str(why))
     found, source = _find_or_build(spec)
-    return Compiled(spec, _load(spec, found), source, found)
+    return Compiled(spec, _load(spec, found, emulated), source, found)
 
 
 def _find_or_build(spec: Spec) -> tuple[Artifact, str]:
@@ -161,11 +162,19 @@ def _build(spec: Spec, cute) -> Artifact:
         "compile_ms": compile_ms,
     }
     log.info("kernel %s: compiled in %d ms, %d registers", spec.name, compile_ms, facts["registers"])
-    return Artifact(object_file, compiled.__ptx__, facts)
+    return Artifact(object_file, compiled.__ptx__, facts, loading.link(object_file))
 
 
-def _load(spec: Spec, found: Artifact) -> Callable:
-    """The launching function inside an object file. The loader wants a file; it has read it when it returns."""
+def _load(spec: Spec, found: Artifact, emulated: bool) -> Callable:
+    """The launching function: from the shared library where there is one, else through the DSL's loader.
+
+    The emulator stands in the DSL's loader. That one wants a file; it has read it when it returns.
+    """
+    if found.library is not None and not emulated:
+        try:
+            return loading.load(found.library, spec.name)
+        except Exception as why:  # such as a temporary folder that forbids executable files
+            log.info("kernel %s: its library cannot be loaded (%s), its object file is tried", spec.name, _plain(why))
     cute = _import_dsl()
     with tempfile.TemporaryDirectory(prefix="fgattn-") as scratch:
         path = Path(scratch) / "kernel.o"

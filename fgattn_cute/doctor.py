@@ -37,7 +37,7 @@ def examine() -> dict:
         "cache": _cache(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "backends": {
-            "cuda": missing_dsl or _no_hopper(),
+            "cuda": (missing_dsl if settings.prebuilt_dir() is None else None) or _no_hopper(),
             "emulator": missing_dsl or missing_compiler,
             "reference": None,
         },

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels compiled ahead, in a folder that travels: FGATTN_PREBUILT_DIR, or an installed package fgattn_cute_kernels.
 
-The folder holds the same files as the cache and is only read. An entry serves if its key is this installation's: same
-kernel sources, same DSL, same Python, same architecture. One that is stale, foreign or damaged is refused with the
-reason, and the kernel is compiled instead.
+The folder holds the same files as the cache and is only read. An entry serves if its kernel sources are this
+installation's and so are the libraries that it is loaded with: TVM-FFI and the DSL's runtime. Python and the compiler
+have left no trace in it, so another Python and a missing compiler are no reason to refuse it. One that is stale,
+foreign or damaged is refused with the reason, and the kernel is compiled instead.
 """
 
 from __future__ import annotations
@@ -18,45 +19,67 @@ from .errors import CompileError
 from .kernels.spec import FwdSpec
 from .settings import log
 
+COMPILER = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-core")
+
 
 def load(spec) -> cache.Artifact | None:
     """The spec's prebuilt kernel, or None; refused entries of its name are warned about."""
     where = settings.prebuilt_dir()
     if where is None:
         return None
-    own = where / cache.stem_of(spec)
     entries = sorted(where.glob(f"{spec.name}-*.json"))
     if not entries or not cache.trusted(where):
         return None
-    if own.with_name(f"{own.name}.json") in entries:
-        try:
-            return cache.read_entry(own, cache.key_of(spec))
-        except (OSError, ValueError, KeyError, TypeError) as why:
-            log.warning("prebuilt kernel %s is refused: %s", own.name, why)
-            return None
+    refused = []
     for path in entries:
-        log.warning("prebuilt kernel %s is refused: %s", path.stem, refusal(path))
+        try:
+            record, artifact = _read(path)
+        except ValueError as why:
+            refused.append((path.stem, why))
+            continue
+        if record["spec"] == dataclasses.asdict(spec):
+            return artifact
+        refused.append((path.stem, "it is another kernel's"))
+    for stem, why in refused:
+        log.warning("prebuilt kernel %s is refused: %s", stem, why)
     return None
 
 
 def refusal(path: Path) -> str | None:
     """Why an entry (its JSON file) does not serve this installation; None if it does."""
     try:
-        record = json.loads(path.read_bytes())
-        made, here = record["versions"], cache.versions()
-        differing = [
-            f"made with {name} {made.get(name, '(none)')}, here is {here.get(name, '(none)')}"
-            for name in sorted(made.keys() | here.keys())
-            if made.get(name) != here.get(name)
-        ]
-        if differing:
-            return "; ".join(differing)
-        if record["fingerprint"] != cache.fingerprint():
-            return "made from other kernel sources"
-        cache.read_entry(path.with_suffix(""), record["key"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as why:
-        return f"damaged: {type(why).__name__}: {why}"
+        _read(path)
+    except ValueError as why:
+        return str(why)
     return None
+
+
+def _read(path: Path) -> tuple[dict, cache.Artifact]:
+    """The record and the files of an entry that serves. Raises ValueError with the reason if it does not."""
+    try:
+        record = json.loads(path.read_bytes())
+        differing = _differing(record["versions"])
+        if differing:
+            raise ValueError("; ".join(differing))
+        if record["sources"] != cache.sources():
+            raise ValueError("made from other kernel sources")
+        try:
+            return record, cache.read_entry(path.with_suffix(""), record["key"])
+        except ValueError as why:
+            raise ValueError(f"damaged: {why}") from None
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as why:
+        raise ValueError(f"damaged: {type(why).__name__}: {why}") from None
+
+
+def _differing(made: dict[str, str]) -> list[str]:
+    """What an entry was made with and this installation does not have."""
+    here = cache.versions()
+    free = {"python", *(name for name in COMPILER if name not in here)}
+    return [
+        f"made with {name} {version}, here is {here.get(name, '(none)')}"
+        for name, version in sorted(made.items())
+        if name not in free and here.get(name) != version
+    ]
 
 
 def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=None) -> list[FwdSpec]:

@@ -18,7 +18,7 @@ from fgattn_cute.kernels.spec import FwdSpec
 
 SPEC = FwdSpec(head_dim=128)
 OTHER = FwdSpec(head_dim=64)
-ARTIFACT = cache.Artifact(b"object code", ".version 8.8", {"registers": 168})
+ARTIFACT = cache.Artifact(b"object code", ".version 8.8", {"registers": 168}, b"linked code")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_names_are_readable_and_the_record_says_what_it_is():
     cache.publish(SPEC, ARTIFACT)
     stem = cache.stem_of(SPEC)
     assert stem.startswith(SPEC.name + "-") and len(stem) == len(SPEC.name) + 13
-    assert files() == [f"{stem}.json", f"{stem}.o", f"{stem}.ptx"]
+    assert files() == [f"{stem}.json", f"{stem}.o", f"{stem}.ptx", f"{stem}.so"]
     record = json.loads((cache.folder() / f"{stem}.json").read_text())
     assert record["spec"]["head_dim"] == 128 and record["facts"] == {"registers": 168}
     assert record["versions"]["arch"] == "sm_90a" and "nvidia-cutlass-dsl" in record["versions"]
@@ -84,10 +84,11 @@ cache.fingerprint()
 print(*seen)
 """
     seen = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
-    assert seen == [*sorted(path.name for path in (here / "kernels").glob("*.py")), "compile.py", "signatures.py"]
+    steps = ["compile.py", "loading.py", "signatures.py"]
+    assert seen == [*sorted(path.name for path in (here / "kernels").glob("*.py")), *steps]
 
 
-@pytest.mark.parametrize("suffix", [".o", ".ptx", ".json"])
+@pytest.mark.parametrize("suffix", [".o", ".so", ".ptx", ".json"])
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_damaged_entry_is_a_miss_with_a_warning(suffix, damage, caplog):
     cache.publish(SPEC, ARTIFACT)

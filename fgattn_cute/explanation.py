@@ -45,7 +45,7 @@ class Explanation:
         others = () if choice is None else tuple(runners_up(problem, gpu, spec))
         predict = _predictor(problem, gpu, density, plan)
         items = problem.batch * problem.heads * -(-problem.blocks_q // problem.union_blocks)
-        rows = problem.slice_m * problem.union_blocks
+        rows = problem.rows
         return cls(
             problem=problem,
             gpu=gpu,

@@ -73,6 +73,11 @@ class Problem:
         )
 
     @property
+    def rows(self) -> int:
+        """Queries that share a list: of one block, or of all blocks of a union."""
+        return self.slice_m * self.union_blocks
+
+    @property
     def group_size(self) -> int:
         """Query heads per K/V head."""
         return self.heads // self.kv_heads

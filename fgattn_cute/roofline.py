@@ -287,7 +287,7 @@ class Workload:
             kv_heads=problem.kv_heads,
             seqlen_q=problem.seqlen_q,
             seqlen_k=problem.seqlen_k,
-            slice_m=problem.slice_m * problem.union_blocks,
+            slice_m=problem.rows,
         )
 
 

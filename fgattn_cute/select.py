@@ -26,6 +26,7 @@ from .problem import Problem
 # (perf/results/h200/2026-11-23-forward.jsonl). EXACT_SPEED: exact over fixed_ref softmax at tile_m 192 and 128.
 SPEED_OF_TILE_M = {192: 1.02, 128: 0.92, 64: 0.84}
 EXACT_SPEED = 0.9
+WIDE_UNION_REGISTERS = (152, 56)  # consumer, producer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,39 @@ def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
     """The shipped file's entry for every problem: what tuning candidates are compared with."""
     preset = _shipped(gpu.name).presets[-1]
     spec = preset.spec(dtype=problem.dtype_name, head_dim=problem.head_dim, slice_n=problem.slice_n)
-    return dataclasses.replace(spec, union_blocks=problem.union_blocks)
+    if problem.union_blocks > 1 and spec.tile_m != problem.rows:
+        budgets = {"consumer_registers": None, "producer_registers": None}
+        spec = dataclasses.replace(spec, tile_m=problem.rows, **budgets)
+    return for_union(spec, problem.union_blocks)
+
+
+def for_union(spec: FwdSpec, union_blocks: int) -> FwdSpec:
+    """The same kernel with one list for ``union_blocks`` blocks, as far as its tile and registers must change for it.
+
+    tile_n: the next one down of which a thread's keep-bits fit a word.
+    registers: with three consumer warpgroups the producer's 32 do not hold the rows of all blocks without a spill.
+    """
+    if union_blocks == 1:
+        return spec
+    if spec.tile_m == 192:
+        consumer, producer = WIDE_UNION_REGISTERS
+        spec = dataclasses.replace(spec, consumer_registers=consumer, producer_registers=producer)
+    spec = dataclasses.replace(spec, union_blocks=union_blocks)
+    for rows_per_thread in (8, 4):
+        narrowed = dataclasses.replace(spec, tile_n=rows_per_thread * spec.row_groups)
+        if narrowed.tile_n <= spec.tile_n and not narrowed.reasons():
+            return narrowed
+    return spec
+
+
+def misfits(spec: FwdSpec, problem: Problem) -> list[str]:
+    """Why a spec's CTAs cannot serve the unions of a problem; empty where they can, and for plans without unions."""
+    if problem.union_blocks == 1 or spec.tile_m == problem.rows:
+        return []
+    return [
+        f"tile_m {spec.tile_m} is not the {problem.rows} rows of a union "
+        f"({problem.union_blocks} blocks of {problem.slice_m})"
+    ]
 
 
 def runners_up(problem: Problem, gpu: Gpu, chosen: FwdSpec) -> list[RunnerUp]:
@@ -149,7 +182,7 @@ def speed(preset: Preset) -> float:
 def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple[Choice, str]]:
     """(choice, why it would not be the first) of every preset that can run the problem, best first."""
     facts = {"dtype": problem.dtype_name, "head_dim": problem.head_dim, "slice_n": problem.slice_n}
-    m = problem.slice_m * problem.union_blocks
+    m = problem.rows
     meant, able, last = [], [], []
     for source, file in files:
         taking = [p for p in file.presets if p.takes(**facts)]
@@ -161,8 +194,8 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
     for source, file, preset in meant + able + last:
         spec = preset.spec(**facts)
         if problem.union_blocks > 1:
-            spec = dataclasses.replace(spec, union_blocks=problem.union_blocks)
-            if spec.tile_m != m or spec.reasons():
+            spec = for_union(spec, problem.union_blocks)
+            if misfits(spec, problem) or spec.reasons():
                 continue
         rows = rows_computed(spec.tile_m, m)
         rows_text = f"{rows} rows computed for {m}" if rows != m else f"{m} rows, none idle"
@@ -186,10 +219,9 @@ def _wanted(problem: Problem) -> str:
 
 
 def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:
-    facts = {"slice_n": problem.slice_n, "union_blocks": problem.union_blocks}
     preset_id = None
     if isinstance(spec, str):
-        preset_id, spec = spec, _by_id(problem, gpu, spec)
+        preset_id, spec = spec, for_union(_by_id(problem, gpu, spec), problem.union_blocks)
     elif not isinstance(spec, FwdSpec):
         raise InputError(f"spec is a {type(spec).__name__}, not a FwdSpec or the id of a preset")
     differing = [
@@ -202,8 +234,8 @@ def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:
     ]
     if differing:
         raise InputError(refusal("the spec does not fit the call", [spec.name, problem.describe()], differing))
-    spec = dataclasses.replace(spec, **facts)
-    why_not = spec.reasons()
+    spec = dataclasses.replace(spec, slice_n=problem.slice_n, union_blocks=problem.union_blocks)
+    why_not = misfits(spec, problem) + spec.reasons()
     if spec.redo:
         why_not.append("redo is the second pass of a fixed_ref launch, which the launch itself makes")
     if spec.softmax == "fixed_ref":

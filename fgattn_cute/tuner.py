@@ -193,9 +193,9 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Candidate]:
                 changed = dict(choice)
                 if changed.get("ctas_per_sm", own.ctas_per_sm) != own.ctas_per_sm or "tile_m" in changed:
                     changed |= {"consumer_registers": None, "producer_registers": None}
-                spec = dataclasses.replace(own, **changed, union_blocks=problem.union_blocks)
+                spec = select.for_union(dataclasses.replace(own, **changed), problem.union_blocks)
                 if spec not in found:
-                    found[spec] = Candidate(spec, preset.id, rejected=_cannot_run(spec))
+                    found[spec] = Candidate(spec, preset.id, rejected=_cannot_run(spec, problem))
     return list(found.values())
 
 
@@ -236,8 +236,8 @@ def _difference(got, expected) -> str | None:
     return None
 
 
-def _cannot_run(spec: FwdSpec) -> str | None:
-    why_not = spec.reasons()
+def _cannot_run(spec: FwdSpec, problem: Problem) -> str | None:
+    why_not = select.misfits(spec, problem) + spec.reasons()
     if not why_not and spec.softmax == "fixed_ref":
         why_not = [f"redo pass: {reason}" for reason in spec.redo_spec().reasons()]
     return "cannot run: " + "; ".join(why_not) if why_not else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UnionPlan: query blocks of fewer than 128 rows that share a CTA and one list, the union of theirs.
+"""UnionPlan: query blocks of fewer than 128 rows that share a CTA of 128 or 192 and one list, the union of theirs.
 
 A gather without sharing is bound by the L2 at slice_m below 64: M queries use each gathered byte M times. Blocks that
 keep similar keys are better served together: every key of their union is gathered once for all of them, and one bit per
@@ -19,7 +19,8 @@ from fgattn_cute.errors import PlanError
 from fgattn_cute.mask import SliceMask, blocks_of
 from fgattn_cute.plan import Plan
 
-UNION_ROWS = 128  # query rows of a CTA
+CTA_ROWS = (128, 192)  # query rows of a CTA that blocks may share
+ROW_STEP = 16  # rows of a warp, which serves one block
 SLACK_WORDS = 8  # a tail tile reads words past its list's end
 _CHUNK_WORDS = 1 << 16  # words packed at a time: bounds the temporaries
 
@@ -28,7 +29,7 @@ _CHUNK_WORDS = 1 << 16  # words packed at a time: bounds the temporaries
 class UnionPlan:
     """Lists of unions, and which block keeps what of them.
 
-    lists: a Plan of the union mask: its query blocks are the unions, UNION_ROWS rows each.
+    lists: a Plan of the union mask: its query blocks are the unions, ``union_blocks * slice_m`` rows each.
     members: int32 (words, union_blocks), bit i of word w of a union: whether the block keeps list position 32 w + i, in
         keys. Words of union u start at ``lists.offset[u] * slice_n // 32 + u``, unions counted through (batch, heads).
     blocks: int32 (unions, union_blocks), the query blocks of each union; ceil(seqlen_q / slice_m) or more means none.
@@ -42,34 +43,45 @@ class UnionPlan:
     _work: dict = dataclasses.field(default_factory=dict, init=False)
 
     @classmethod
-    def from_mask(cls, mask: SliceMask, order: torch.Tensor | None = None, backend: str | None = None) -> UnionPlan:
+    def from_mask(
+        cls,
+        mask: SliceMask,
+        order: torch.Tensor | None = None,
+        backend: str | None = None,
+        *,
+        rows: int | None = None,
+    ) -> UnionPlan:
         """Builds the unions of a mask on its device. Allocating the lists reads one number back.
 
         Args:
-            mask: slice_m 16, 32 or 64, a divisor of UNION_ROWS.
+            mask: slice_m 16, 32, 48, 64 or 96.
             order: int64 permutation of the query blocks, (blocks_q,) or (batch, heads, blocks_q): consecutive ones
                 share a union. None takes neighbours. Outputs stay where the queries are, whatever the order.
             backend: "cuda" or "emulator" for the kernel that packs the keep-bits, "torch"; None takes the kernel where
                 the mask lies on a GPU that runs it.
+            rows: query rows of a CTA, one of ``rows_for(mask.slice_m)``; None takes the first, which was measured
+                faster at slice_m 16 and 32.
 
         Raises:
-            PlanError: slice_m does not divide UNION_ROWS, or ``order`` is not a permutation's shape and type.
+            PlanError: slice_m does not divide the rows, or ``order`` is not a permutation's shape and type.
         """
         if not isinstance(mask, SliceMask):
             raise PlanError(f"a union plan is made from a SliceMask, not from {type(mask).__name__}")
-        if UNION_ROWS % mask.slice_m or mask.slice_m == UNION_ROWS or mask.slice_m % 16:
+        legal = rows_for(mask.slice_m)
+        if not legal or rows not in (None, *legal):
             raise PlanError(
-                f"slice_m {mask.slice_m} does not share a CTA of {UNION_ROWS} rows; 16, 32 and 64 do, and "
-                "Plan.from_mask takes any multiple of 16"
+                f"slice_m {mask.slice_m} does not share a CTA of {rows or ' or '.join(map(str, CTA_ROWS))} rows; "
+                "16, 32 and 64 share 128 or 192, 48 and 96 share 192, and Plan.from_mask takes any multiple of 16"
             )
-        size = UNION_ROWS // mask.slice_m
+        rows = rows or legal[0]
+        size = rows // mask.slice_m
         blocks = _grouped(mask, order, size)
         # One row of zeros stands for the blocks that the last union lacks.
-        rows = torch.nn.functional.pad(mask.bits, (0, 0, 0, 1))
-        row = blocks.clamp(max=mask.blocks_q).flatten(-2)[..., None].expand(*blocks.shape[:2], -1, rows.shape[-1])
-        parts = rows.gather(2, row).unflatten(2, blocks.shape[2:])
+        words = torch.nn.functional.pad(mask.bits, (0, 0, 0, 1))
+        row = blocks.clamp(max=mask.blocks_q).flatten(-2)[..., None].expand(*blocks.shape[:2], -1, words.shape[-1])
+        parts = words.gather(2, row).unflatten(2, blocks.shape[2:])
         union = functools.reduce(torch.bitwise_or, parts.unbind(3))
-        geometry = {**mask.geometry, "slice_m": UNION_ROWS}
+        geometry = {**mask.geometry, "slice_m": rows}
         lists = Plan.from_mask(SliceMask(union.contiguous(), **geometry))
         words = parts.flatten(0, 2).contiguous()
         members = _pack(lists, words, backend or device_masks.backend_of(mask.bits))
@@ -168,6 +180,11 @@ class UnionPlan:
         dense.scatter_(2, place[..., None].expand(-1, -1, -1, columns), keep.view(*place.shape, columns))
         geometry = {**self.lists.geometry, "slice_m": self.slice_m}
         return SliceMask.from_dense(dense[:, :, :blocks_q], **geometry)
+
+
+def rows_for(slice_m: int) -> tuple[int, ...]:
+    """Rows of a CTA that blocks of ``slice_m`` queries can share; empty where they cannot."""
+    return tuple(n for n in CTA_ROWS if slice_m % ROW_STEP == 0 and n % slice_m == 0 and slice_m < n and slice_m < 128)
 
 
 def word_starts(lists: Plan) -> torch.Tensor:

@@ -13,6 +13,8 @@ import pytest
 from fgattn_cute import compile as compiler
 from fgattn_cute import cubin, presets
 from fgattn_cute.kernels.spec import FwdSpec
+from fgattn_cute.select import for_union
+from fgattn_cute.unions import rows_for
 
 pytestmark = pytest.mark.skipif(cubin.nvdisasm() is None, reason="needs nvdisasm (pip install nvidia-cuda-nvdisasm)")
 
@@ -129,15 +131,22 @@ def test_other_segments(spec):
 
 
 def unions():
-    """Unions of the presets' 128-row kernels, one softmax and type quick, the other head dims and sizes slow."""
+    """Unions of the presets' kernels of 128 and 192 rows: bf16 at the flagship head dim quick, the rest slow."""
     for preset in presets.builtin("h200").presets:
         for spec in preset.specs():
-            for size in (8, 4):
-                union = dataclasses.replace(spec, union_blocks=size)
-                if spec.tile_m != 128 or union.reasons():
+            for slice_m in (16, 32, 48, 64, 96):
+                if spec.tile_m not in rows_for(slice_m):
                     continue
-                marks = () if (size, spec.head_dim, spec.dtype) == (8, 128, "bf16") else (pytest.mark.slow,)
-                yield pytest.param(union, id=f"{preset.id}-{spec.dtype}-u{size}", marks=marks)
+                union = for_union(spec, spec.tile_m // slice_m)
+                if union.reasons():
+                    continue
+                fast = slice_m == (16 if spec.tile_m == 128 else 48) and (spec.head_dim, spec.dtype) == (128, "bf16")
+                marks = () if fast else (pytest.mark.slow,)
+                yield pytest.param(union, id=f"{preset.id}-{spec.dtype}-u{union.union_blocks}", marks=marks)
+                if spec.softmax == "fixed_ref":
+                    yield pytest.param(
+                        union.redo_spec(), id=f"{preset.id}-redo-u{union.union_blocks}", marks=pytest.mark.slow
+                    )
 
 
 @pytest.mark.parametrize("spec", list(unions()))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 import fgattn_cute as fg
 from fgattn_cute import emulator
-from fgattn_cute.unions import UNION_ROWS, word_starts
+from fgattn_cute.unions import rows_for, word_starts
 from tests.numerics import assert_within_contract
 
 
@@ -17,7 +17,7 @@ def random_mask(slice_m, slice_n, seqlens, *, batch=1, heads=2, density=0.3, see
     generator = torch.Generator().manual_seed(seed)
     blocks, columns = -(-seqlens[0] // slice_m), -(-seqlens[1] // slice_n)
     keep = torch.rand(batch, heads, blocks, columns, generator=generator) < density
-    size = UNION_ROWS // slice_m
+    size = rows_for(slice_m)[0] // slice_m
     keep[0, 0, :size] = False
     if blocks > size + 1:
         keep[0, 0, size] = False
@@ -35,17 +35,19 @@ def inputs(mask, head_dim, dtype, heads=2, kv_heads=None, batch=1):
 # ---- the plan ------------------------------------------------------------------------------------------------------
 @settings(max_examples=25, deadline=None)
 @given(
-    slice_m=st.sampled_from([16, 32, 64]),
+    shape=st.sampled_from([(m, rows) for m in (16, 32, 48, 64, 96) for rows in rows_for(m)]),
     slice_n=st.sampled_from([1, 2, 3, 8, 100]),
     seqlens=st.tuples(st.integers(1, 300), st.integers(1, 300)),
     density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     seed=st.integers(0, 9),
     shuffled=st.booleans(),
 )
-def test_the_mask_comes_back(slice_m, slice_n, seqlens, density, seed, shuffled):
-    mask = random_mask(slice_m, slice_n, seqlens, density=density, seed=seed)
+def test_the_mask_comes_back(shape, slice_n, seqlens, density, seed, shuffled):
+    mask = random_mask(shape[0], slice_n, seqlens, density=density, seed=seed)
     order = torch.randperm(mask.blocks_q) if shuffled else None
-    assert fg.UnionPlan.from_mask(mask, order).to_mask() == mask
+    plan = fg.UnionPlan.from_mask(mask, order, rows=shape[1])
+    assert plan.to_mask() == mask
+    assert plan.union_blocks * plan.slice_m == plan.lists.slice_m == shape[1]
 
 
 def test_lists_are_the_unions():
@@ -71,8 +73,10 @@ def test_union_factor():
 
 def test_bad_input():
     mask = random_mask(16, 1, (300, 200))
-    with pytest.raises(fg.PlanError, match="slice_m 48 does not share"):
-        fg.UnionPlan.from_mask(random_mask(48, 1, (300, 200)))
+    with pytest.raises(fg.PlanError, match="slice_m 48 does not share a CTA of 128 rows"):
+        fg.UnionPlan.from_mask(random_mask(48, 1, (300, 200)), rows=128)
+    with pytest.raises(fg.PlanError, match="slice_m 80 does not share a CTA of 128 or 192 rows"):
+        fg.UnionPlan.from_mask(fg.SliceMask.full(slice_m=80, slice_n=1, seqlen_q=300, seqlen_k=200))
     with pytest.raises(fg.PlanError, match="order is not an int64 permutation of 19"):
         fg.UnionPlan.from_mask(mask, torch.arange(5))
     with pytest.raises(fg.PlanError, match="made from a SliceMask, not from Plan"):
@@ -107,13 +111,31 @@ CASES = {
     "16 x 1, everything": {"slice_m": 16, "slice_n": 1, "seqlens": (128, 257), "density": 1.0},
     "16 x 1, hardly anything": {"slice_m": 16, "slice_n": 1, "seqlens": (256, 700), "density": 0.01},
     "exact softmax": {"slice_m": 16, "slice_n": 1, "seqlens": (300, 500), "dtype": torch.float16, "shuffled": True},
+    "48 x 1, four to 192 rows, grouped heads": {"slice_m": 48, "slice_n": 1, "seqlens": (400, 390), "kv_heads": 1},
     "head dim 64": {"slice_m": 16, "slice_n": 1, "seqlens": (300, 500), "head_dim": 64},
     "head dim 96": {"slice_m": 32, "slice_n": 1, "seqlens": (300, 500), "head_dim": 96},
     "head dim 256": {"slice_m": 16, "slice_n": 1, "seqlens": (150, 300), "head_dim": 256},
 }
+SLOW_CASES = {
+    "96 x 2, two to 192 rows": {"slice_m": 96, "slice_n": 2, "seqlens": (290, 333), "shuffled": True},
+    "16 x 1, twelve to 192 rows": {"slice_m": 16, "slice_n": 1, "seqlens": (300, 300), "rows": 192, "shuffled": True},
+    "64 x 1, three to 192 rows, exact": {
+        "slice_m": 64,
+        "slice_n": 1,
+        "seqlens": (330, 200),
+        "rows": 192,
+        "dtype": torch.float16,
+    },
+    "192 rows, head dim 64": {"slice_m": 32, "slice_n": 1, "seqlens": (250, 400), "head_dim": 64, "rows": 192},
+}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def cases():
+    yield from (pytest.param(case, id=name) for name, case in CASES.items())
+    yield from (pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items())
+
+
+@pytest.mark.parametrize("case", cases())
 def test_every_block_gets_its_own_softmax(case):
     case = {
         "density": 0.3,
@@ -122,9 +144,10 @@ def test_every_block_gets_its_own_softmax(case):
         "kv_heads": None,
         "head_dim": 128,
         "dtype": torch.bfloat16,
+        "rows": None,
     } | case
     mask = random_mask(case["slice_m"], case["slice_n"], case["seqlens"], density=case["density"])
-    plan = fg.UnionPlan.from_mask(mask, torch.randperm(mask.blocks_q) if case["shuffled"] else None)
+    plan = fg.UnionPlan.from_mask(mask, torch.randperm(mask.blocks_q) if case["shuffled"] else None, rows=case["rows"])
     q, k, v = inputs(mask, case["head_dim"], case["dtype"], kv_heads=case["kv_heads"], batch=case["batch"])
     # Keys that nobody keeps are NaN, key 0 among them where possible: it pads the lists.
     unused = ~mask.to_token_mask().any(2).any(1)[0]
@@ -180,3 +203,18 @@ def test_explain_names_the_union():
     q, k, v = inputs(mask, 128, torch.bfloat16)
     text = str(fg.explain(q, k, v, fg.UnionPlan.from_mask(mask)))
     assert "8 blocks to a union" in text and "_u8" in text
+
+
+@pytest.mark.parametrize(("slice_m", "rows"), [(32, 128), (48, 192)])
+def test_a_kernel_for_other_rows_is_refused(slice_m, rows):
+    """Four blocks of 48 rows fill 192, four of 32 fill 128: the number of blocks alone does not tell them apart."""
+    mask = random_mask(slice_m, 1, (400, 200))
+    plan = fg.UnionPlan.from_mask(mask, rows=rows)
+    q, k, v = inputs(mask, 128, torch.bfloat16)
+    other = fg.FwdSpec(head_dim=128, tile_m=320 - rows, tile_n=64)
+    with pytest.raises(fg.UnsupportedError, match=f"tile_m {320 - rows} is not the {rows} rows of a union"):
+        fg.attention(q, k, v, plan, spec=other, backend="emulator")
+    explained = fg.explain(q, k, v, plan)
+    assert explained.choice.spec.tile_m == rows and explained.choice.spec.union_blocks == 4
+    tuning = fg.autotune(q, k, v, plan)
+    assert {c.spec.tile_m for c in tuning.candidates if c.rejected is None} == {rows}

@@ -104,6 +104,8 @@ def compile_kernels(
     specs = prebuilt.specs_of(gpu, slice_n or (1,), dtype, head_dim)
     if not specs:
         raise typer.BadParameter(f"no preset of {gpu} is for that", param_hint="--dtype, --head-dim")
+    if not (dtype or head_dim):
+        specs += prebuilt.helpers()
     with Bars(shown=not as_json) as bars, bars.busy(f"compiling {len(specs)} kernels"):
         outcomes = (
             prebuilt.build(out, specs, processes or None)

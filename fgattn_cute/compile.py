@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spec -> a function that launches its kernel: memory, then the disk cache, then cute.compile.
 
-A spec is a FwdSpec or one of kernels/mask_spec.py. The key is the spec alone. Extents and strides are symbolic, so no
-shape ever compiles again. Compilation needs no GPU. The DSL is imported when a kernel must be compiled or emulated;
-one that lies on disk is loaded without it (``loading.py``). ``cute.compile`` aborts the process when two threads call
-it, so one lock guards it.
+A spec is a FwdSpec or one of kernels/mask_spec.py or copy_spec.py. The key is the spec alone. Extents and strides are
+symbolic, so no shape ever compiles again. Compilation needs no GPU. The DSL is imported when a kernel must be compiled
+or emulated; one that lies on disk is loaded without it (``loading.py``). ``cute.compile`` aborts the process when two
+threads call it, so one lock guards it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from pathlib import Path
 from . import cache, cubin, loading, signatures
 from .cache import ARCH, Artifact
 from .errors import CompileError
+from .kernels.copy_spec import CopySpec
 from .kernels.mask_spec import CompactSpec, MassSpec, MemberSpec
 from .kernels.spec import FwdSpec
 from .settings import configure_logging, log
 
-Spec = FwdSpec | CompactSpec | MassSpec | MemberSpec
+Spec = FwdSpec | CompactSpec | MassSpec | MemberSpec | CopySpec
 LOCK = threading.RLock()
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from . import cache, presets, settings, workers
 from .errors import CompileError
+from .kernels import copy_spec
+from .kernels.mask_spec import COMPACT_STEPS, CompactSpec
 from .kernels.spec import FwdSpec
 from .settings import log
 
@@ -102,9 +104,14 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
     return list(found)
 
 
+def helpers() -> list:
+    """Kernels beside attention that take no preset: lists from masks, and the copies of ``python -m perf.copies``."""
+    return [*(CompactSpec(step=step) for step in COMPACT_STEPS), *copy_spec.measured_specs()]
+
+
 def build(
     where: Path,
-    specs: list[FwdSpec],
+    specs: list,
     processes: int | None = None,
     on_done: Callable[[workers.Outcome], None] | None = None,
 ) -> list[workers.Outcome]:

@@ -6,6 +6,7 @@ Extents that must agree share a symbol, which TVM-FFI then checks at every call.
 
 from __future__ import annotations
 
+from .kernels.copy_spec import ROW_WORDS, CopySpec
 from .kernels.mask_spec import CompactSpec, MassSpec, MemberSpec
 from .kernels.spec import FwdSpec
 
@@ -34,6 +35,10 @@ def kernel_of(spec) -> tuple:
         from .kernels.mass_sm90 import MassSm90
 
         return MassSm90(spec), _mass(spec)
+    if isinstance(spec, CopySpec):
+        from .kernels.copy_sm90 import CopyRate
+
+        return CopyRate(spec), _copies(spec)
     raise TypeError(f"no kernel is made from a {type(spec).__name__}")
 
 
@@ -153,5 +158,17 @@ def _mass(spec: MassSpec) -> list:
         out,
         *(1.0, 1, 1.0, 1.0),  # softmax_scale, bin_shift, weight_unit, weight_base
         *(1,) * 9,  # words_per_cta and the fields of Cut
+        _stream(),
+    ]
+
+
+def _copies(spec: CopySpec) -> list:
+    from cutlass import Int32
+
+    rows, ctas = _symbols(2)
+    return [
+        _packed(Int32, (rows, ROW_WORDS), OPERAND_ALIGN_BYTES),  # rows
+        _packed(Int32, (ctas, spec.stages * spec.rows * ROW_WORDS), 4),  # what arrived last
+        *(1, 1),  # steps, places
         _stream(),
     ]

@@ -17,12 +17,15 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import cache, settings
 from .errors import CompileError
-from .kernels.spec import FwdSpec
+
+if typing.TYPE_CHECKING:
+    from .compile import Spec
 
 STOP_TIMEOUT_S = 10
 
@@ -36,14 +39,14 @@ class Outcome:
     facts: as in ``cache.Artifact``; empty after an error.
     """
 
-    spec: FwdSpec
+    spec: Spec
     error: str | None
     seconds: float
     facts: dict
 
 
 def compile_all(
-    specs: Iterable[FwdSpec],
+    specs: Iterable[Spec],
     *,
     processes: int | None = None,
     on_done: Callable[[Outcome], None] | None = None,
@@ -67,7 +70,7 @@ def compile_all(
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for spec in wanted:
         waiting.put(spec)
-    outcomes: dict[FwdSpec, Outcome] = {}
+    outcomes: dict[Spec, Outcome] = {}
     done = threading.Lock()
 
     def serve():
@@ -124,11 +127,11 @@ class _Worker:
             self._process.wait()
         self._process.stdout.close()
 
-    def compile(self, spec: FwdSpec) -> Outcome:
+    def compile(self, spec: Spec) -> Outcome:
         started = time.perf_counter()
         line = ""
         with contextlib.suppress(OSError):
-            self._process.stdin.write(json.dumps(dataclasses.asdict(spec)) + "\n")
+            self._process.stdin.write(json.dumps([type(spec).__name__, dataclasses.asdict(spec)]) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         if not line:
@@ -145,8 +148,10 @@ def _serve() -> None:
     os.dup2(2, 1)
     from . import compile as compiler
 
+    kinds = {kind.__name__: kind for kind in typing.get_args(compiler.Spec)}
     for line in sys.stdin:
-        spec = FwdSpec(**json.loads(line))
+        kind, fields = json.loads(line)
+        spec = kinds[kind](**fields)
         try:
             answer = {"error": None, "facts": compiler.artifact(spec).facts}
         except CompileError as why:

@@ -59,6 +59,7 @@ def steps(out: Path) -> list[Step]:
         Step("tune 192", (*tune, "192", "--seqlen", "75600", "--heads", "12"), 2),
         Step("tune 128", (*tune, "128", "--seqlen", "32760", "--heads", "12"), 2),
         Step("tune 64", (*tune, "64", "--seqlen", "32760", "--heads", "12"), 2),
+        Step("copies", ("-m", "perf.copies", "--out", str(out / "copies.jsonl")), 1),
         Step("L2 gather", ("-m", "perf.micro", "--out", str(out / "micro.jsonl")), 1),
         Step("all benchmarks", (*run, rest, "--minutes", "5"), 6),
         Step("pictures of the first", ("-m", "perf.plot", first, "--out", str(out / "plots")), 1),

@@ -117,6 +117,16 @@ def test_specs_are_every_kernel_that_a_call_launches():
     assert {s.head_dim for s in prebuilt.specs_of("h200", head_dims=[64])} == {64}
 
 
+def test_kernels_without_a_preset_are_built_too(tmp_path):
+    """What turns masks into lists, and the micro-benchmarks, so that a bare machine lacks nothing."""
+    wanted = prebuilt.helpers()
+    assert {spec.name for spec in wanted} >= {"compact_count", "compact_write", "copy_tma_r64s4", "copy_cp_async_r64s3"}
+    (outcome,) = prebuilt.build(tmp_path, wanted[:1], processes=1)
+    assert outcome.error is None
+    (path,) = tmp_path.glob("compact_count-*.json")
+    assert prebuilt.refusal(path) is None
+
+
 def test_a_built_folder_runs_without_a_compiler(tmp_path, monkeypatch):
     """Build one real kernel, then load it in a fresh process where the DSL cannot be imported."""
     spec = next(s for s in prebuilt.specs_of("h200", dtypes=["bf16"], head_dims=[64]) if s.softmax == "exact")

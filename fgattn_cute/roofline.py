@@ -277,17 +277,26 @@ class Workload:
         return dataclasses.replace(work, kept_share=share)
 
     @classmethod
-    def uniform(cls, problem, density: float, keys: tuple[int, ...] | None = None) -> Workload:
-        """Of a problem whose lists all keep ``density`` of the keys."""
+    def uniform(
+        cls, problem, density: float, keys: tuple[int, ...] | None = None, union_factor: float = 1.0
+    ) -> Workload:
+        """Of a problem whose blocks all keep ``density`` of the keys.
+
+        Args:
+            keys: the lists' lengths, where they are known.
+            union_factor: pairs in the lists over pairs kept. A list never holds more than all keys.
+        """
         lists = problem.batch * problem.heads * -(-problem.blocks_q // problem.union_blocks)
+        listed = min(1.0, density * union_factor)
         return cls(
-            keys=(round(density * problem.seqlen_k),) * lists if keys is None else keys,
+            keys=(round(listed * problem.seqlen_k),) * lists if keys is None else keys,
             batch=problem.batch,
             heads=problem.heads,
             kv_heads=problem.kv_heads,
             seqlen_q=problem.seqlen_q,
             seqlen_k=problem.seqlen_k,
             slice_m=problem.rows,
+            kept_share=density / listed if listed else 1.0,
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from fgattn_cute import bits as _bits
 from fgattn_cute import device_masks
 from fgattn_cute.errors import PlanError
-from fgattn_cute.mask import SliceMask, blocks_of
+from fgattn_cute.mask import SliceMask, block_rows, blocks_of
 from fgattn_cute.plan import Plan
 
 CTA_ROWS = (128, 192)  # query rows of a CTA that blocks may share
@@ -130,15 +130,32 @@ class UnionPlan:
     def nbytes(self) -> int:
         return self.lists.nbytes + sum(t.numel() * t.element_size() for t in (self.members, self.blocks))
 
+    def kept_keys(self) -> torch.Tensor:
+        """Kept keys of each block: int64 (unions, union_blocks), on the plan's device."""
+        starts = word_starts(self.lists)
+        ends = starts + (self.lists.keys.flatten().long() + 31) // 32
+        total = torch.zeros(self.members.shape[0] + 1, self.union_blocks, dtype=torch.int64, device=self.device)
+        torch.cumsum(_bits.popcount(self.members), 0, out=total[1:])
+        return total[ends] - total[starts]
+
+    def kept_pairs(self) -> torch.Tensor:
+        """Kept (query, key) pairs: int64 (), on the plan's device."""
+        count = blocks_of(self.seqlen_q, self.slice_m)
+        rows = torch.zeros(count + 1, dtype=torch.int64, device=self.device)  # the last: a block that is none
+        rows[:count] = block_rows(self.seqlen_q, self.slice_m, self.device)
+        return (self.kept_keys() * rows[self.blocks.long().clamp(max=count)]).sum()
+
     @property
     def density(self) -> float:
-        """Exact fraction of (query, key) pairs that are kept. Reads back from the device."""
-        return self.to_mask().density
+        """Exact fraction of (query, key) pairs that are kept. Reads one number back from the device."""
+        return int(self.kept_pairs()) / (self.batch * self.heads * self.seqlen_q * self.seqlen_k)
 
     @property
     def union_factor(self) -> float:
-        """Pairs that the unions compute over pairs that are kept: 1 where blocks of a union keep the same keys."""
-        return self.lists.density / self.density
+        """Pairs that the unions compute over pairs that are kept: 1 where blocks of a union keep the same keys, and
+        where nothing is kept. Reads back from the device."""
+        kept = self.density
+        return self.lists.density / kept if kept else 1.0
 
     def validate(self) -> list[str]:
         """What is wrong with the stored lists, one sentence each. Reads them back."""

@@ -48,6 +48,7 @@ def test_the_mask_comes_back(shape, slice_n, seqlens, density, seed, shuffled):
     plan = fg.UnionPlan.from_mask(mask, order, rows=shape[1])
     assert plan.to_mask() == mask
     assert plan.union_blocks * plan.slice_m == plan.lists.slice_m == shape[1]
+    assert plan.density == mask.density
 
 
 def test_lists_are_the_unions():
@@ -135,7 +136,7 @@ def cases():
     yield from (pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items())
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", list(cases()))
 def test_every_block_gets_its_own_softmax(case):
     case = {
         "density": 0.3,

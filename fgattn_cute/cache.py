@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -64,8 +65,8 @@ def folder() -> Path:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Everything outside the sources that shapes the code: DSL distributions, TVM-FFI, Python, architecture."""
-    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "arch": ARCH}
+    """Everything outside the sources that shapes the code: DSL distributions, TVM-FFI, Python, GPU and CPU."""
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "arch": ARCH, "cpu": platform.machine()}
     # The names of the folders say it all, and importlib.metadata would open every package's metadata: 100 ms.
     for place in reversed(sys.path):  # the first on the path is the one that is imported
         # The CUDA family of the compiler is part of a distribution's name, so all of them count.

@@ -5,7 +5,8 @@
 
 Each step is a process of its own with a limit of its own, writes its results as they come, and does not keep the next
 one from running when it fails. ``summary.json`` is renewed after every step. Nothing is downloaded: kernels come from
-FGATTN_PREBUILT_DIR where that is set, and are compiled otherwise.
+FGATTN_PREBUILT_DIR, or from the bundle that these sources lie in (``python -m perf.bundle``), and are compiled
+otherwise.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from perf import bundle
 
 ROOT = Path(__file__).parent.parent
 TOTAL_MINUTES = 20.0
@@ -42,12 +46,14 @@ class Outcome:
     log: str | None
 
 
-def steps(out: Path) -> list[Step]:
-    """What is run, in order of value."""
+def steps(out: Path, prebuilt: str | None = None) -> list[Step]:
+    """What is run, in order of value; first of all, which of the prebuilt kernels serve and why not the others."""
     run, cli = ("-m", "perf.run", "--out"), ("-m", "fgattn_cute.cli")
     first, rest = str(out / "first.jsonl"), str(out / "all.jsonl")
     tune = (*cli, "tune", "--json", "--slice-m")
+    check = [Step("prebuilt kernels", (*cli, "compile", "--check", "--json", "--out", prebuilt), 1)] if prebuilt else []
     return [
+        *check,
         Step("doctor", (*cli, "doctor", "--json"), 1),
         Step(
             "first benchmarks",
@@ -104,7 +110,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=TOTAL_MINUTES)
     parser.add_argument("--dry-run", action="store_true", help="print the steps")
     options = parser.parse_args()
-    todo = steps(options.out)
+    found = bundle.around(ROOT)
+    if found is not None:
+        os.environ.setdefault("FGATTN_PREBUILT_DIR", str(found / "kernels"))
+    todo = steps(options.out, os.environ.get("FGATTN_PREBUILT_DIR"))
     if options.dry_run:
         print("\n".join(f"{step.name} ({step.minutes:g} min): python {' '.join(step.arguments)}" for step in todo))
         return

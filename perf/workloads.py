@@ -59,6 +59,11 @@ class Inputs:
     plan: Plan
 
 
+def slice_keys(file: Path = FILE) -> list[int]:
+    """slice_n of the file's slice shapes, each once, ascending: what kernels are compiled for."""
+    return sorted({n for _, n in yaml.safe_load(file.read_text())["slices"]})
+
+
 def cases(names=(), densities=(), slices=(), file: Path = FILE) -> list[Case]:
     """All combinations, most valuable first: slices vary slowest, workloads fastest. Empty selections mean all.
 

@@ -50,6 +50,7 @@ def test_it_serves_where_the_cache_has_none(folder):
         (lambda r: r["versions"].update({"nvidia-cutlass-dsl-libs-cu99": "4"}), "libs-cu99 4, here is (none)"),
         (lambda r: r["versions"].update({"apache-tvm-ffi": "0.0"}), "made with apache-tvm-ffi 0.0, here is"),
         (lambda r: r["versions"].update(arch="sm_100a"), "made with arch sm_100a, here is sm_90a"),
+        (lambda r: r["versions"].update(cpu="riscv64"), "made with cpu riscv64, here is"),
         (lambda r: r.update(sources="0"), "other kernel sources"),
     ],
 )

@@ -2,8 +2,10 @@
 """What can be measured without a GPU: host overhead of a call, import, compile cold and warm, masks and plans.
 
     python -m perf.host [--compile] [--out results.jsonl]
+    python -m perf.host --gpu [--out results.jsonl]
 
-The launch is a stub, so a call's time is what this package adds to it. The machine's load is in every figure.
+Without a GPU the launch is a stub, so a call's time is what this package adds to it. With --gpu the launches are real,
+eager, in a CUDA graph and in torch.compile, beside torch's own dense call. The machine's load is in every figure.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from fgattn_cute.select import select
 
 ROOT = Path(__file__).parent.parent
 CALLS = 2000
+GRAPH_CALLS = 20
 
 
 def example(seqlen: int = 512, heads: int = 2, head_dim: int = 128):
@@ -83,6 +86,61 @@ def microseconds(call, calls: int) -> float:
     return min(means)
 
 
+def calls_on_gpu(device: str = "cuda", calls: int = 200) -> list[dict]:
+    """Host microseconds of a call with a cached plan, kernels launched but not waited for, and what graphs make of it.
+
+    The problem is small and ``calls`` launches fit the driver's queue, so the host never waits for the GPU. "us on the
+    device" is the time of one call among many, the device saturated: where it exceeds the host's, the host is not
+    what limits.
+    """
+    q, k, v, plan = (x.to(device) for x in example())
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    compiled = torch.compile(lambda q, k, v: fg.attention(q, k, v, plan), fullgraph=True)
+    ways = {
+        "eager": lambda: fg.attention(q, k, v, plan),
+        "eager, logits bounded": lambda: fg.attention(q, k, v, plan, logit_bound=20.0),
+        "eager, checks off": lambda: fg.attention(q, k, v, plan, checks="off"),
+        "torch.compile": lambda: compiled(q, k, v),
+        "torch sdpa, dense": lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first),
+    }
+    records = [host_and_device(name, call, calls) for name, call in ways.items()]
+    if device == "cuda":
+        graph = captured(ways["eager"], GRAPH_CALLS)
+        record = host_and_device("CUDA graph", graph.replay, calls // GRAPH_CALLS)
+        for key in ("host_us", "device_us"):
+            record[key] = round(record[key] / GRAPH_CALLS, 2)
+        records.append({**record, "note": f"{GRAPH_CALLS} calls in one graph, per call"})
+    return records
+
+
+def captured(call, number: int) -> torch.cuda.CUDAGraph:
+    """A graph of so many calls."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(number):
+            call()
+    return graph
+
+
+def host_and_device(name: str, call, calls: int) -> dict:
+    """Best of five: microseconds until the last of the calls returns, and until the device is through, per call."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    call()
+    found = []
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        returned = time.perf_counter()
+        wait()
+        found.append((1e6 * (returned - start) / calls, 1e6 * (time.perf_counter() - start) / calls))
+    host, device = (min(column) for column in zip(*found, strict=True))
+    return {"what": "call", "way": name, "host_us": round(host, 2), "device_us": round(device, 2)}
+
+
 def import_time() -> dict:
     """Seconds of ``import fgattn_cute`` after torch, in a fresh interpreter; the best of three."""
     code = "import time, torch; t = time.perf_counter(); import fgattn_cute; print(time.perf_counter() - t)"
@@ -130,9 +188,15 @@ def main() -> None:
     """Prints one JSON record per figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--compile", action="store_true", help="also the compile times (half a minute)")
+    parser.add_argument("--gpu", action="store_true", help="real calls on this machine's GPU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    records = [call_overhead(), import_time(), plans()]
+    if options.gpu:
+        from perf.run import environment
+
+        records = [environment(), *calls_on_gpu()]
+    else:
+        records = [call_overhead(), import_time(), plans()]
     if options.compile:
         records.append(compile_time(FwdSpec(head_dim=128, tile_m=192, tile_n=80, ping_pong=True)))
     lines = [json.dumps({**record, "machine": platform.machine()}) for record in records]

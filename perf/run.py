@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from perf.workloads import Case, Inputs, cases
 
 CHECKED_ROWS = 2048  # queries that a result is judged on; the whole would take longer than all measurements
 MAX_RELATIVE_ERROR = 1e-2
+PACKAGES = ("flash-attn-4", "flashinfer-python", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13", "triton", "diffusers")
 
 
 def run_case(case: Case, x: Inputs, timer: Timer, rounds: int, providers=PROVIDERS) -> Iterator[dict]:
@@ -43,8 +45,8 @@ def run_case(case: Case, x: Inputs, timer: Timer, rounds: int, providers=PROVIDE
             if not error <= MAX_RELATIVE_ERROR:
                 raise Absent(f"wrong: differs from the reference by {error:.2e}")
             ready[name] = prepared
-        except (Absent, ImportError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as why:
-            reason = str(why).splitlines()[0] if str(why) else ""
+        except Exception as why:  # other people's libraries fail in every way; each is a result
+            reason = str(why).strip().splitlines()[0][:300] if str(why).strip() else ""
             yield {**describe(case), "provider": name, "absent": f"{type(why).__name__}: {reason}"}
     if not ready:
         return
@@ -109,17 +111,35 @@ def environment() -> dict:
         "torch": torch.__version__,
         **cache.versions(),
         "fingerprint": cache.fingerprint()[:12],
+        "driver": driver(),
+        "packages": {name: version for name in PACKAGES if (version := installed(name))},
+        "clocks": clocks(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
+def installed(name: str) -> str | None:
+    """Version of a distribution; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver."""
+    return _nvidia_smi("driver_version")
+
+
 def clocks() -> str | None:
     """SM clock, power and throttle reasons as nvidia-smi says them; None without it."""
-    asked = "clocks.sm,power.draw,clocks_event_reasons.active"
+    return _nvidia_smi("clocks.sm,power.draw,clocks_event_reasons.active")
+
+
+def _nvidia_smi(asked: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"], capture_output=True, text=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None

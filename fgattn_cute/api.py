@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -89,21 +90,60 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+class _Ready(NamedTuple):
+    """What a call's key decides: who runs the kernel, the kernel, and the scale that None stands for."""
+
+    emulated: bool
+    launcher: launch.Launcher
+    scale: float
+
+
+_READY_LIMIT = 4096
+_ready: dict[tuple, _Ready] = {}
+
+
 def run(q, k, v, plan, scale, layout, backend, spec, checks, logit_bound):
-    """``attention`` without tracing: checks, chooses, launches. Returns (out, lse)."""
-    problem = _checks.check(q, k, v, plan, scale=scale, layout=layout, level=checks)
-    _check_bound(logit_bound)
-    where = pick_backend(q, k, v, plan, backend)
-    scale = problem.head_dim**-0.5 if scale is None else scale
-    if where == "reference":
-        lists = plan.to_mask() if isinstance(plan, UnionPlan) else plan
-        out, lse = reference.attention(q, k, v, lists, scale=scale, return_lse=True, layout=layout)
-        return out.to(q.dtype), lse
-    if where == "cuda":
-        launcher = _launcher(problem, _gpu.current(q.device), spec, settings.config_text())
-        return launch.on_cuda(launcher, q, k, v, plan, scale, logit_bound)
-    launcher = _launcher(problem, _gpu.assumed(), spec, settings.config_text(), emulated=True)
-    return launch.on_emulator(launcher, q, k, v, plan, scale, logit_bound)
+    """``attention`` without tracing: checks, chooses, launches. Returns (out, lse).
+
+    A call whose static facts have all been judged before goes straight to the launch. What can differ between two such
+    calls is judged again: alignment, grad, scale, bound.
+    """
+    key = ready = None
+    if checks == "fast":
+        try:
+            key = (
+                *(q.shape, q.stride(), q.dtype, q.device),
+                *(k.shape, k.stride(), k.dtype, k.device),
+                *(v.shape, v.stride(), v.dtype, v.device),
+                *(plan.signature_number, layout, backend, spec, *settings.choosing()),
+            )
+            ready = _ready.get(key)
+        except (AttributeError, TypeError):  # not tensors, not a plan, not a spec: the checks will say so
+            key = None
+    if ready is None or _checks.call_reasons(q, k, v, scale):
+        problem = _checks.check(q, k, v, plan, scale=scale, layout=layout, level=checks)
+        _check_bound(logit_bound)
+        where = pick_backend(q, k, v, plan, backend)
+        if where == "reference":
+            lists = plan.to_mask() if isinstance(plan, UnionPlan) else plan
+            scale = problem.head_dim**-0.5 if scale is None else scale
+            out, lse = reference.attention(q, k, v, lists, scale=scale, return_lse=True, layout=layout)
+            return out.to(q.dtype), lse
+        ready = _prepare(problem, q.device, spec, where == "emulator")
+        if key is not None:
+            if len(_ready) >= _READY_LIMIT:
+                _ready.clear()
+            _ready[key] = ready
+    else:
+        _check_bound(logit_bound)
+    on_device = launch.on_emulator if ready.emulated else launch.on_cuda
+    return on_device(ready.launcher, q, k, v, plan, ready.scale if scale is None else scale, logit_bound)
+
+
+def _prepare(problem: Problem, device: torch.device, spec, emulated: bool) -> _Ready:
+    gpu = _gpu.assumed() if emulated else _gpu.current(device)
+    launcher = _launcher(problem, gpu, spec, settings.config_text(), emulated)
+    return _Ready(emulated, launcher, problem.head_dim**-0.5)
 
 
 def explain(
@@ -214,3 +254,4 @@ def _launcher(problem: Problem, gpu: _gpu.Gpu, spec, config: str | None, emulate
 def forget_choices() -> None:
     """Ask again which kernel a problem takes: after autotune, or a change of a preset file."""
     _launcher.cache_clear()
+    _ready.clear()

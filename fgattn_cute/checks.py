@@ -77,7 +77,7 @@ def check(q, k, v, plan, *, scale=None, layout: str = "bshd", level: str = "fast
             if len(_sound) >= _SOUND_LIMIT:
                 _sound.clear()
             _sound[signature] = problem
-    found = found + _call_reasons(q, k, v, scale)
+    found = found + call_reasons(q, k, v, scale)
     if level == "full" and not found:
         found = _value_reasons(plan)
     if found:
@@ -89,7 +89,7 @@ def reasons(problem: Problem, q, k, v, plan, scale=None, level: str = "fast") ->
     """Every reason why the call cannot run, without raising; empty when it can. For ``explain``."""
     if level == "off":
         return []
-    found = _static_reasons(problem, q, k, v, plan) + _call_reasons(q, k, v, scale)
+    found = _static_reasons(problem, q, k, v, plan) + call_reasons(q, k, v, scale)
     return found + _value_reasons(plan) if level == "full" and not found else found
 
 
@@ -216,7 +216,7 @@ def _plan_reasons(p: Problem, plan) -> list[Reason]:
     return found
 
 
-def _call_reasons(q, k, v, scale) -> list[Reason]:
+def call_reasons(q, k, v, scale) -> list[Reason]:
     """Reasons that can change from call to call with equal signatures."""
     found = []
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ROW_ALIGN_BYTES:

@@ -115,8 +115,10 @@ def _sms(index: int) -> int:
 
 def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     spec = launcher.spec
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    views = [as_bshd(x, launcher.layout) for x in (q, k, v, out)]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    views = (q, k, v, out)
+    if launcher.layout != "bshd":
+        views = [as_bshd(x, launcher.layout) for x in views]
     batch, seqlen_q, heads, _ = views[0].shape
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
     work = plan.work(batch, heads)

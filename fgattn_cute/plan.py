@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ WORK_L2_BYTES = 40 * 2**20  # L2 that the K and V of the heads in flight may fil
 WORK_BYTES_PER_KEY = 512  # K and V row of one head at D = 128 in 16 bits
 MAX_WORK_HEADS = 1 << 16  # a work descriptor packs head | batch << 16
 MAX_WORK_BATCH = 1 << 15
+_signature_numbers = itertools.count()
 _CHUNK_CELLS = 1 << 24  # list cells expanded at a time when lists are read as a matrix
 
 
@@ -210,6 +212,11 @@ class Plan:
         return (type(self), *self.geometry.values(), self.batch, self.heads, self.device, self.density_bucket)
 
     @functools.cached_property
+    def signature_number(self) -> int:
+        """Stands for the signature where it is looked up often: equal for plans of equal signature."""
+        return number_of(self.signature)
+
+    @functools.cached_property
     def density_bucket(self) -> int:
         """Minus log2 of the kept fraction, rounded down: 0 above 50 %, 1 above 25 %, ... Told by the allocation, so it
         asks nothing of the device; a capacity counts in full."""
@@ -348,6 +355,12 @@ class Plan:
             f"seqlen {self.seqlen_q} x {self.seqlen_k}, batch {self.batch}, heads {self.heads}, "
             f"capacity {self.capacity} ids, {self.nbytes} bytes, {self.device})"
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def number_of(signature: tuple) -> int:
+    """A number of its own for each signature, never given to another one."""
+    return next(_signature_numbers)
 
 
 def _checked_capacity(capacity: int | None) -> int | None:

@@ -87,6 +87,18 @@ def config_path() -> Path | None:
     return path
 
 
+_CHOOSING = tuple(os.environ.encodekey(name) for name in ("FGATTN_CONFIG", "FGATTN_GPU"))
+
+
+def choosing() -> tuple:
+    """The variables that decide which kernel a call takes, as they stand: part of a key, nothing to read.
+
+    From the bytes behind os.environ, whose get() encodes and decodes: a microsecond for two variables, on every call.
+    """
+    found = os.environ._data
+    return found.get(_CHOOSING[0]), found.get(_CHOOSING[1])
+
+
 def config_text() -> str | None:
     """FGATTN_CONFIG as it stands, unchecked: cheap enough to be part of a key under which choices are remembered."""
     return os.environ.get("FGATTN_CONFIG")

@@ -17,7 +17,7 @@ from fgattn_cute import bits as _bits
 from fgattn_cute import device_masks
 from fgattn_cute.errors import PlanError
 from fgattn_cute.mask import SliceMask, block_rows, blocks_of
-from fgattn_cute.plan import Plan
+from fgattn_cute.plan import Plan, number_of
 
 CTA_ROWS = (128, 192)  # query rows of a CTA that blocks may share
 ROW_STEP = 16  # rows of a warp, which serves one block
@@ -125,6 +125,11 @@ class UnionPlan:
     def signature(self) -> tuple:
         """Everything about the plan that the soundness of a call depends on, besides the stored values."""
         return (type(self), self.slice_m, *self.lists.signature)
+
+    @functools.cached_property
+    def signature_number(self) -> int:
+        """As of a Plan."""
+        return number_of(self.signature)
 
     @property
     def nbytes(self) -> int:

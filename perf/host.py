@@ -11,6 +11,7 @@ eager, in a CUDA graph and in torch.compile, beside torch's own dense call. The 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -19,19 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 import fgattn_cute as fg
-from fgattn_cute import api, checks, launch
+from fgattn_cute import api, launch
 from fgattn_cute import gpu as gpus
 from fgattn_cute.kernels.spec import FwdSpec
-from fgattn_cute.select import select
 
 ROOT = Path(__file__).parent.parent
-CALLS = 2000
+CALLS = 4000
+BURST = 50  # calls between two looks at the clock: short enough to fall between other processes' turns
 GRAPH_CALLS = 20
 
 
@@ -43,46 +45,57 @@ def example(seqlen: int = 512, heads: int = 2, head_dim: int = 128):
     return q, k, v, fg.Plan.from_mask(mask)
 
 
-def call_overhead(calls: int = CALLS) -> dict:
-    """Microseconds that attention() adds to the kernel's own launch call, plan and choice cached.
-
-    The way is the GPU's, with three replacements: the backend is "cuda" whatever the tensors, the device's properties
-    are constants, and the kernel does nothing. Allocating out and lse is timed apart, as any caller must do it.
+@contextlib.contextmanager
+def stubbed_launch(plan, kernel: Callable = lambda *_: None):
+    """attention() takes the GPU's way on CPU tensors, with three replacements: the backend is "cuda" whatever the
+    tensors, the device's properties are constants, and `kernel` stands for the compiled one. Yields the specs chosen.
     """
-    q, k, v, plan = example()
     gpu = gpus.from_config("h200")
-    problem = checks.check(q, k, v, plan)
-    spec = select(problem, gpu).spec
-    nothing = lambda *_: None
-    launcher = launch.Launcher(spec, nothing, None, plan.slice_m, launch.ctas_per_block(spec, plan.slice_m), "bshd")
+    chosen = []
 
-    def stubbed(launcher_, q, k, v, plan, scale, logit_bound):
-        return launch._launch(launcher_, q, k, v, plan, scale, logit_bound, gpu.sms)
+    def prepare(problem, spec, emulated=False):
+        chosen.append(spec)
+        return launch.Launcher(spec, kernel, None, plan.slice_m, launch.ctas_per_block(spec, plan.slice_m), "bshd")
+
+    def on_cuda(launcher, q, k, v, plan, scale, logit_bound):
+        return launch._launch(launcher, q, k, v, plan, scale, logit_bound, gpu.sms)
 
     with (
         mock.patch.object(api, "pick_backend", lambda *_: "cuda"),
-        mock.patch.object(launch, "prepare", lambda *_: launcher),
+        mock.patch.object(launch, "prepare", prepare),
         mock.patch.object(gpus, "from_cuda", lambda device: gpu),
-        mock.patch.object(launch, "on_cuda", stubbed),
+        mock.patch.object(launch, "on_cuda", on_cuda),
     ):
         api.forget_choices()
+        try:
+            yield chosen
+        finally:
+            api.forget_choices()
+
+
+def call_overhead(calls: int = CALLS) -> dict:
+    """Microseconds that attention() adds to the kernel's own launch call, plan and choice cached.
+
+    Allocating out and lse is timed apart, as any caller must do it.
+    """
+    q, k, v, plan = example()
+    with stubbed_launch(plan):
         whole = microseconds(lambda: fg.attention(q, k, v, plan), calls)
-        allocation = microseconds(
-            lambda: (torch.empty_like(q), torch.empty((1, q.shape[2], q.shape[1]), dtype=torch.float32)), calls
-        )
-    api.forget_choices()
+    allocation = microseconds(
+        lambda: (torch.empty_like(q), torch.empty((1, q.shape[2], q.shape[1]), dtype=torch.float32)), calls
+    )
     return {"what": "call overhead", "us": round(whole - allocation, 2), "allocation_us": round(allocation, 2)}
 
 
-def microseconds(call, calls: int) -> float:
-    """Best of five means: what the code takes when nothing else runs."""
+def microseconds(call: Callable, calls: int) -> float:
+    """Best mean of many short bursts: what the code takes when nothing else runs."""
     call()
     means = []
-    for _ in range(5):
+    for _ in range(max(1, calls // BURST)):
         start = time.perf_counter()
-        for _ in range(calls // 5):
+        for _ in range(BURST):
             call()
-        means.append(1e6 * (time.perf_counter() - start) / (calls // 5))
+        means.append(1e6 * (time.perf_counter() - start) / BURST)
     return min(means)
 
 

@@ -109,18 +109,18 @@ def run(q, k, v, plan, scale, layout, backend, spec, checks, logit_bound):
     calls is judged again: alignment, grad, scale, bound.
     """
     key = ready = None
-    if checks == "fast":
+    if checks != "full":
         try:
             key = (
                 *(q.shape, q.stride(), q.dtype, q.device),
                 *(k.shape, k.stride(), k.dtype, k.device),
                 *(v.shape, v.stride(), v.dtype, v.device),
-                *(plan.signature_number, layout, backend, spec, *settings.choosing()),
+                *(plan.signature_number, layout, backend, spec, checks, *settings.choosing()),
             )
             ready = _ready.get(key)
         except (AttributeError, TypeError):  # not tensors, not a plan, not a spec: the checks will say so
             key = None
-    if ready is None or _checks.call_reasons(q, k, v, scale):
+    if ready is None or (checks == "fast" and _checks.call_reasons(q, k, v, scale)):
         problem = _checks.check(q, k, v, plan, scale=scale, layout=layout, level=checks)
         _check_bound(logit_bound)
         where = pick_backend(q, k, v, plan, backend)

@@ -38,6 +38,16 @@ def test_the_second_call_launches_the_same_without_choosing_or_checking(call, mo
     assert launched[-1][5] is other.ids, "another plan of the same geometry takes its own lists"
 
 
+def test_what_was_not_judged_is_not_taken_for_sound(call):
+    """A call with checks="off" remembers its kernel, for calls with checks="off" alone."""
+    q, k, v, plan, launched, _ = call
+    for _ in range(2):
+        fg.attention(q, k, v[:, :, :1], plan, checks="off")
+    assert len(launched) == 3
+    with pytest.raises(fg.InputError, match="differ in shape"):
+        fg.attention(q, k, v[:, :, :1], plan)
+
+
 @pytest.mark.parametrize(
     "change, error",
     [

@@ -40,6 +40,7 @@ fa4: $(INSTALLED) ## FlashAttention-4's Hopper kernels on the emulator; installs
 
 bench: $(INSTALLED) ## what can be measured without a GPU: host overhead, compile times, kernels' figures
 	$(BIN)/python -m perf.host --compile
+	$(BIN)/python -m perf.gate
 	$(BIN)/python -m perf.static
 
 # A machine that can download nothing sets GPU_PYTHON to an interpreter with torch and the runtime wheels; no

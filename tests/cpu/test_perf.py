@@ -8,7 +8,7 @@ import torch
 
 import fgattn_cute as fg
 from fgattn_cute.timing import Samples
-from perf import compare, host, plot, providers, run
+from perf import compare, plot, providers, run
 from perf.providers import Absent, Prepared
 from perf.workloads import Case, cases
 
@@ -162,15 +162,3 @@ def test_pictures(tmp_path):
     assert lines == {"ours": [(0.1, 0.4), (0.3, 1.0)], "flex": [(0.3, 2.0)]}
     path = plot.draw(key, lines, tmp_path)
     assert path.name == "w-m192n1.svg" and "<svg" in path.read_text()
-
-
-# ---- the host -------------------------------------------------------------------------------------------------------
-def test_a_call_costs_microseconds():
-    """Single digits on an idle machine; the bound here allows for one that is shared."""
-    found = min((host.call_overhead(500) for _ in range(3)), key=lambda record: record["us"])
-    assert 0 < found["us"] < 40, found
-
-
-def test_mask_and_plan_on_the_cpu():
-    found = host.plans(seqlen=2048)
-    assert 0 < found["plan_ms"] < 2000 and 0 < found["mask_ms"] < 2000

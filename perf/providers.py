@@ -59,8 +59,6 @@ def ours(case: Case, x: Inputs) -> Prepared:
 
 def ours_union(case: Case, x: Inputs) -> Prepared:
     """fgattn_cute with query blocks that share the gathered union of their keys; planning is UnionPlan.from_mask."""
-    if case.slice_m not in (16, 32, 64):
-        raise Absent("unions are for slices of 16, 32 and 64 queries")
     return _ours(fg.UnionPlan, case, x)
 
 

@@ -107,7 +107,7 @@ def calls_on_gpu(device: str = "cuda", calls: int = 200) -> list[dict]:
     what limits.
     """
     q, k, v, plan = (x.to(device) for x in example())
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    mask, heads_first = plan.to_mask(), [x.transpose(1, 2) for x in (q, k, v)]
     compiled = torch.compile(lambda q, k, v: fg.attention(q, k, v, plan), fullgraph=True)
     ways = {
         "eager": lambda: fg.attention(q, k, v, plan),
@@ -115,6 +115,8 @@ def calls_on_gpu(device: str = "cuda", calls: int = 200) -> list[dict]:
         "eager, checks off": lambda: fg.attention(q, k, v, plan, checks="off"),
         "torch.compile": lambda: compiled(q, k, v),
         "torch sdpa, dense": lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first),
+        "a plan and its order": lambda: fg.Plan.from_mask(mask).work(1, q.shape[2]),
+        "the same, room known": lambda: fg.Plan.from_mask(mask, plan.capacity).work(1, q.shape[2]),
     }
     records = [host_and_device(name, call, calls) for name, call in ways.items()]
     if device == "cuda":

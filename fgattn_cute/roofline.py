@@ -131,14 +131,20 @@ def instructions(spec: FwdSpec, artifact: cache.Artifact | None = None) -> Instr
         spec: the kernel.
         artifact: its files; by default what the disk cache holds. Nothing is compiled here.
     """
-    figures, source = loop_figures(spec, artifact or cache.load(spec)), "cubin"
-    if figures is None:
-        # The loops of fp16 and of other segments differ from these by a few instructions.
-        alike = dataclasses.replace(spec, dtype="bf16", slice_n=1).name
-        figures, source = committed_figures().get(alike, {}).get("loops"), "committed"
-    if figures is not None:
-        return Instructions(figures["consumer"]["total"], figures["producer"]["total"], source)
-    return _estimated(spec)
+    figures = loop_figures(spec, artifact or cache.load(spec))
+    return _total(figures, "cubin") if figures is not None else known_instructions(spec)
+
+
+def known_instructions(spec: FwdSpec) -> Instructions:
+    """The committed figures, else an estimate: the same on every machine, whatever its cache holds."""
+    # The loops of fp16 and of other segments differ from these by a few instructions.
+    alike = dataclasses.replace(spec, dtype="bf16", slice_n=1).name
+    figures = committed_figures().get(alike, {}).get("loops")
+    return _total(figures, "committed") if figures is not None else _estimated(spec)
+
+
+def _total(figures: dict, source: str) -> Instructions:
+    return Instructions(figures["consumer"]["total"], figures["producer"]["total"], source)
 
 
 def loop_figures(spec: FwdSpec, artifact: cache.Artifact | None) -> dict | None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost model on the command line: a prediction, the table of model against measurement, the fit behind it.
+"""The cost model on the command line: a prediction, the tables of model against measurement, the fit behind it.
 
 python -m perf.roofline --gpu h200 --seqlen 75600 --heads 40 --slice-m 192 --density 0.3
-python -m perf.roofline --table            # Markdown: model against every measured figure
-python -m perf.roofline --fit              # the three fitted constants, from perf/results/h200
+python -m perf.roofline --table            # Markdown: model against every measured figure, docs/cost-model.md
+python -m perf.roofline --summary          # Markdown: the errors by source, docs/performance.md
+python -m perf.roofline --fit              # the three fitted constants, from the first file of perf/results/h200
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,17 +23,24 @@ from fgattn_cute import gpu as gpus
 from fgattn_cute import presets, roofline
 from fgattn_cute.kernels.spec import FwdSpec
 from fgattn_cute.problem import Problem
-from fgattn_cute.select import facts_for, select
+from fgattn_cute.select import facts_for, for_union, select
 
 ROOT = Path(__file__).parent
-RESULTS = ROOT / "results" / "h200" / "2026-11-23-forward.jsonl"
+RESULTS = ROOT / "results" / "h200"
+FITTED = "2026-11-23-forward.jsonl"  # the records that the constants of configs/h200.yaml are fitted to
 PUBLISHED = ROOT / "published.json"
 SAME_KERNEL = {"", "scale_reference=once", "scale_reference=per_tile"}  # what a record's provider may add to the preset
+ANOTHER = "another kernel"  # how the label of a figure starts that is not of this design
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A figure that the model can be held against. tflops: packed."""
+    """A figure that the model can be held against.
+
+    tflops: packed; or None and ``ratio``: time over that of full lists.
+    seqlen_q, slice_m: where they are not seqlen and the kernel's rows.
+    union_blocks, union_factor: blocks that share a list, and pairs in the lists over pairs kept.
+    """
 
     source: str
     label: str
@@ -39,8 +49,19 @@ class Measured:
     seqlen: int
     heads: int
     density: float
-    tflops: float
-    seqlen_q: int = 0  # where it is not seqlen
+    tflops: float | None = None
+    ratio: float | None = None
+    seqlen_q: int = 0
+    slice_m: int = 0
+    union_blocks: int = 1
+    union_factor: float = 1.0
+
+    @property
+    def group(self) -> str:
+        """Whose figure it is: "own" (fitted or held out), "prototype", "lab", or "others"."""
+        if self.label.startswith(ANOTHER):
+            return "others"
+        return self.source if self.source.startswith("own") else self.source.split(",")[0]
 
 
 def problem(seqlen: int, heads: int, head_dim: int, slice_m: int, slice_n: int = 1, seqlen_q: int = 0) -> Problem:
@@ -67,28 +88,34 @@ def problem(seqlen: int, heads: int, head_dim: int, slice_m: int, slice_n: int =
 
 
 def measurements() -> list[Measured]:
-    """The repository's own interleaved records, and the figures of others in published.json."""
-    file = presets.builtin("h200")
-    known = {preset.id: preset for preset in file.presets}
+    """The repository's own interleaved records, and the figures in published.json."""
+    return [*own_measurements(), *published("figures")]
+
+
+def own_measurements() -> Iterator[Measured]:
+    """Records of perf/results/h200 whose provider is a preset."""
+    known = {preset.id: preset for preset in presets.builtin("h200").presets}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        source = "own, fitted" if path.name == FITTED else "own, held out"
+        for record in map(json.loads, path.read_text().splitlines()):
+            preset_id, _, rest = record.get("provider", "").partition(" ")
+            if record["kind"] != "interleaved" or preset_id not in known or rest not in SAME_KERNEL:
+                continue
+            spec = known[preset_id].spec(dtype="bf16", head_dim=record["head_dim"])
+            if rest:
+                spec = dataclasses.replace(spec, scale_reference=rest.partition("=")[2])
+            sizes = (record["seqlen"], record["heads"], record["density"])
+            yield Measured(source, record["provider"], spec, "h200", *sizes, record["packed_tflops"])
+
+
+def published(section: str) -> list[Measured]:
+    """ "figures" or "ratios" of published.json."""
+    data = json.loads(PUBLISHED.read_text())
+    kernels = {name: FwdSpec(**fields) for name, fields in data["kernels"].items()}
     found = []
-    for line in RESULTS.read_text().splitlines():
-        record = json.loads(line)
-        preset_id, _, rest = record["provider"].partition(" ")
-        if record["kind"] != "interleaved" or preset_id not in known or rest not in SAME_KERNEL:
-            continue
-        spec = known[preset_id].spec(dtype="bf16", head_dim=record["head_dim"])
-        if rest:
-            spec = dataclasses.replace(spec, scale_reference=rest.partition("=")[2])
-        sizes = (record["seqlen"], record["heads"], record["density"])
-        found.append(Measured("own", record["provider"], spec, "h200", *sizes, record["packed_tflops"]))
-    for entry in json.loads(PUBLISHED.read_text()):
-        spec = FwdSpec(**entry["spec"])
-        sizes = (entry["seqlen"], entry["heads"], entry["density"])
-        found.append(
-            Measured(
-                entry["source"], entry["label"], spec, entry["gpu"], *sizes, entry["tflops"], entry.get("seqlen_q", 0)
-            )
-        )
+    for entry in data[section]:
+        spec = for_union(kernels[entry["kernel"]], entry.get("union_blocks", 1))
+        found.append(Measured(spec=spec, **{key: value for key, value in entry.items() if key != "kernel"}))
     return found
 
 
@@ -96,9 +123,16 @@ def model(point: Measured, **constants: float) -> roofline.Prediction:
     """The model's word on a measured point, with some of the GPU's constants replaced."""
     facts = presets.builtin(point.gpu).gpu
     facts = dataclasses.replace(facts, constants={**facts.constants, **constants})
-    asked = problem(point.seqlen, point.heads, point.spec.head_dim, point.spec.tile_m, seqlen_q=point.seqlen_q)
-    work = roofline.Workload.uniform(asked, point.density)
-    return roofline.predict(point.spec, facts, work)
+    slice_m = point.slice_m or point.spec.tile_m
+    asked = problem(point.seqlen, point.heads, point.spec.head_dim, slice_m, seqlen_q=point.seqlen_q)
+    asked = dataclasses.replace(asked, union_blocks=point.union_blocks)
+    work = roofline.Workload.uniform(asked, point.density, union_factor=point.union_factor)
+    return roofline.predict(point.spec, facts, work, roofline.known_instructions(point.spec))
+
+
+def predicted_ratio(point: Measured) -> float:
+    """Time over that of full lists."""
+    return model(point).seconds / model(dataclasses.replace(point, density=1.0)).seconds
 
 
 def errors(points: list[Measured], **constants: float) -> list[float]:
@@ -106,21 +140,55 @@ def errors(points: list[Measured], **constants: float) -> list[float]:
     return [model(point, **constants).packed_tflops / point.tflops - 1 for point in points]
 
 
+def markdown(head: list[str], rows: Iterator[list]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table() -> str:
-    """Markdown: every measured figure, the model's, the error and the binding resource."""
-    head = ["source", "kernel", "S", "H", "D", "density", "measured", "model", "error", "binding"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for point in measurements():
-        found = model(point)
-        row = [point.source, point.label, f"{point.seqlen:,}", point.heads, point.spec.head_dim, f"{point.density:.0%}"]
-        row += [f"{point.tflops:.0f}", f"{found.packed_tflops:.0f}", f"{found.packed_tflops / point.tflops - 1:+.0%}"]
-        lines.append("| " + " | ".join(map(str, [*row, found.binding])) + " |")
-    return "\n".join(lines)
+    """Every measured figure, the model's, the error and the binding resource; ratios; what cannot be compared."""
+
+    def rates():
+        for point in measurements():
+            found = model(point)
+            sizes = [f"{point.seqlen:,}", point.heads, point.spec.head_dim, f"{point.density:.1%}".replace(".0%", "%")]
+            rates = [f"{point.tflops:.0f}", f"{found.packed_tflops:.0f}"]
+            error = f"{found.packed_tflops / point.tflops - 1:+.0%}"
+            yield [point.source, point.label, *sizes, *rates, error, found.binding]
+
+    def ratios():
+        for point in published("ratios"):
+            found = predicted_ratio(point)
+            yield [point.source, point.label, f"{point.ratio:.2f}", f"{found:.2f}", f"{found / point.ratio - 1:+.0%}"]
+
+    rest = json.loads(PUBLISHED.read_text())["not comparable"]
+    parts = [
+        markdown(["source", "kernel", "S", "H", "D", "density", "measured", "model", "error", "binding"], rates()),
+        markdown(["source", "what", "measured", "model", "error"], ratios()),
+        markdown(["not comparable", "why"], ([entry["figure"], entry["why"]] for entry in rest)),
+    ]
+    return "\n\n".join(parts)
+
+
+def summary() -> str:
+    """The errors by source."""
+
+    def rows():
+        points = measurements()
+        for group in dict.fromkeys(point.group for point in points):
+            found = errors([point for point in points if point.group == group])
+            size = [abs(error) for error in found]
+            within = sum(error <= 0.15 for error in size)
+            mean = f"{statistics.fmean(size):.0%}"
+            yield [group, len(found), mean, f"{min(found):+.0%} to {max(found):+.0%}", f"{within} of {len(found)}"]
+
+    return markdown(["source", "figures", "mean absolute error", "range", "within 15 %"], rows())
 
 
 def fit() -> dict[str, float]:
-    """Least squares over the own records, by coordinate descent on a shrinking grid."""
-    points = [point for point in measurements() if point.source == "own"]
+    """Least squares over the records of ``FITTED``, by coordinate descent on a shrinking grid."""
+    points = [point for point in own_measurements() if point.source == "own, fitted"]
     values = {"overlap_exponent": 4.0, "cycles_per_instruction": 1.5, "list_cycles": 4000.0}
     step = 0.5
 
@@ -152,10 +220,13 @@ def main() -> None:
     parser.add_argument("--slice-n", type=int, default=1)
     parser.add_argument("--density", type=float, default=0.3)
     parser.add_argument("--table", action="store_true", help="model against measurement, as Markdown")
+    parser.add_argument("--summary", action="store_true", help="the errors by source, as Markdown")
     parser.add_argument("--fit", action="store_true", help="fit the constants to the measurements again")
     options = parser.parse_args()
     if options.table:
         print(table())
+    elif options.summary:
+        print(summary())
     elif options.fit:
         print(json.dumps({name: round(value, 4) for name, value in fit().items()}))
     else:

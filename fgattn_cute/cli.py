@@ -187,13 +187,15 @@ def presets_validate(
     for path in paths:
         try:
             loaded = presets.load(path)
-            verdicts.append({"file": path.name, "presets": len(loaded.presets), "error": None})
+            base = loaded.base and loaded.base.name
+            verdicts.append({"file": path.name, "presets": len(loaded.presets), "extends": base, "error": None})
         except PresetError as wrong:
-            verdicts.append({"file": path.name, "presets": None, "error": str(wrong)})
+            verdicts.append({"file": path.name, "presets": None, "extends": None, "error": str(wrong)})
     if as_json:
         print_json(verdicts)
     else:
-        print_rows([(v["file"], v["error"] or f"{v['presets']} presets, all can run") for v in verdicts])
+        over = lambda v: f", over {v['extends']}" if v["extends"] else ""
+        print_rows([(v["file"], v["error"] or f"{v['presets']} presets, all can run{over(v)}") for v in verdicts])
     if any(v["error"] for v in verdicts):
         raise typer.Exit(1)
 

@@ -29,8 +29,8 @@ def write(path: Path, preset_id: str, record: dict) -> bool:
     """Make a preset the winner of a tuning record, with what was measured.
 
     Args:
-        path: the YAML file.
-        preset_id: entry to change.
+        path: the YAML file, whole or extending another.
+        preset_id: entry to change. A file that extends another gets the entry if it is the other's.
         record: ``Tuning.record`` of a measured tuning.
 
     Returns:
@@ -58,12 +58,11 @@ def write(path: Path, preset_id: str, record: dict) -> bool:
 def edit(text: str, preset_id: str, record: dict, name: str) -> str:
     """The text of a file with one entry changed; see ``write``."""
     lines = text.splitlines()
-    starts = [i for i, line in enumerate(lines) if re.match(r"^  - id: ", line)]
-    own = [i for i in starts if lines[i].split("#")[0].split(":", 1)[1].strip() == preset_id]
-    if not own:
-        raise PresetError(f"no preset {preset_id!r}", file=name)
-    first = own[0]
-    last = next((i for i in range(first + 1, len(lines)) if re.match(r"^  (- |#)|^\S", lines[i])), len(lines))
+    found = _entry(lines, preset_id)
+    if found is None:
+        lines = _taken_over(text, preset_id, name)
+        found = _entry(lines, preset_id)
+    first, last = found
     spec = FwdSpec(**record["winner"]["spec"])
     default = FwdSpec(head_dim=spec.head_dim)
     entry = lines[first:last]
@@ -73,6 +72,30 @@ def edit(text: str, preset_id: str, record: dict, name: str) -> str:
     entry = _set(entry, "provenance", "measured", needed=True)
     entry = _set(entry, "measured", _measured(record), needed=True)
     return "\n".join([*lines[:first], *entry, *lines[last:]]) + "\n"
+
+
+def _entry(lines: list[str], preset_id: str) -> tuple[int, int] | None:
+    """First line of an entry and the one after its last; None where there is none."""
+    starts = [i for i, line in enumerate(lines) if re.match(r"^  - id: ", line)]
+    own = [i for i in starts if lines[i].split("#")[0].split(":", 1)[1].strip() == preset_id]
+    if not own:
+        return None
+    after = (i for i in range(own[0] + 1, len(lines)) if re.match(r"^  (- |#)|^\S", lines[i]))
+    return own[0], next(after, len(lines))
+
+
+def _taken_over(text: str, preset_id: str, name: str) -> list[str]:
+    """The lines of a file that extends another, with an entry of the other before its own."""
+    base = presets.parse(text, name).base
+    theirs = (presets.CONFIG_DIR / Path(base.name).name).read_text(encoding="utf-8").splitlines() if base else []
+    found = _entry(theirs, preset_id)
+    if found is None:
+        raise PresetError(f"no preset {preset_id!r}", file=name)
+    lines = text.splitlines()
+    if not any(re.match(r"^forward:", line) for line in lines):
+        lines.append("forward:")
+    at = 1 + next(i for i, line in enumerate(lines) if re.match(r"^forward:", line))
+    return [*lines[:at], *theirs[slice(*found)], *lines[at:]]
 
 
 def _measured(record: dict) -> str:

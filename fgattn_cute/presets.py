@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML files of ``configs/`` -> GPU facts and presets. The only module that imports yaml and pydantic.
+"""YAML files of ``configs/``, and users' own -> GPU facts and presets. With preset_reading.py alone in importing
+pydantic.
 
 A mistake in a file is a ``PresetError`` that names file, line, key and the legal keys; a preset whose kernel cannot run
 is one that quotes ``FwdSpec.reasons()``. Files are read once per process.
@@ -9,24 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import functools
 import json
-import typing
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
-import yaml
 from pydantic import ConfigDict, Field
 
 from .errors import PresetError
 from .kernels.spec import DTYPES, HEAD_DIMS, FwdSpec
+from .preset_reading import first_error, read_yaml, unknown
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 GENERIC = "sm90"  # the file for Hopper GPUs that no other file names
 SCHEMA_VERSION = 1
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 # ---- the file format -----------------------------------------------------------------------------------------------
@@ -151,9 +149,31 @@ class PresetModel(_Model):
 class FileModel(_Model):
     """A file of configs/. The first preset that matches wins; the last one asks for nothing and is the fallback."""
 
+    OTHER_KEYS: ClassVar = ("extends",)  # which would make it an OverlayModel
+
     schema_: int = Field(alias="schema", description="version of this format")
     gpu: GpuModel
     forward: list[PresetModel] = Field(min_length=1)
+
+
+def _optional(field: pydantic.fields.FieldInfo) -> tuple:
+    kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    return kind | None, Field(None, description=field.description)
+
+
+# The gpu section of a file that extends another: what it leaves out is the other's.
+GpuChanges = pydantic.create_model(
+    "GpuChanges", __base__=_Model, **{name: _optional(field) for name, field in GpuModel.model_fields.items()}
+)
+
+
+class OverlayModel(_Model):
+    """A user's file over a file of configs/. Its entries come first; one with the id of a base entry replaces that."""
+
+    schema_: int = Field(alias="schema", description="version of this format")
+    extends: str = Field(description="file of configs/ without .yaml")
+    gpu: GpuChanges = GpuChanges()
+    forward: list[PresetModel] = []
 
 
 # ---- what the rest of the package sees -----------------------------------------------------------------------------
@@ -210,11 +230,17 @@ class Preset:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PresetFile:
-    """A validated file. ``name`` is how messages call it: "configs/h200.yaml"."""
+    """A validated file.
+
+    name: how messages call it, "configs/h200.yaml".
+    presets: its own entries.
+    base: the file that it extends, without the entries that it replaces; None for a whole file.
+    """
 
     name: str
     gpu: GpuFacts
     presets: tuple[Preset, ...]
+    base: PresetFile | None = None
 
     def get(self, preset_id: str) -> Preset:
         """The preset of that id.
@@ -225,7 +251,7 @@ class PresetFile:
         for preset in self.presets:
             if preset.id == preset_id:
                 return preset
-        raise PresetError(_unknown("preset", preset_id, [p.id for p in self.presets]), file=self.name)
+        raise PresetError(unknown("preset", preset_id, [p.id for p in self.presets]), file=self.name)
 
 
 def builtin_names() -> tuple[str, ...]:
@@ -240,7 +266,7 @@ def builtin(stem: str) -> PresetFile:
         PresetError: no such file; the message lists those there are.
     """
     if stem not in builtin_names():
-        raise PresetError(_unknown("GPU of configs/", stem, builtin_names()))
+        raise PresetError(unknown("GPU of configs/", stem, builtin_names()))
     return load(CONFIG_DIR / f"{stem}.yaml")
 
 
@@ -253,7 +279,8 @@ def for_gpu(name: str, folder: Path | None = None) -> PresetFile | None:
     """
     folder = folder or CONFIG_DIR
     for path in sorted(folder.glob("*.yaml")):
-        if name in path.read_text(encoding="utf-8"):  # reading is cheap, checking a whole file is not
+        text = path.read_text(encoding="utf-8")
+        if name in text or "extends:" in text:  # reading is cheap, checking a whole file is not
             file = load(path)
             if name in file.gpu.names:
                 return file
@@ -277,31 +304,61 @@ def load(path: Path | str) -> PresetFile:
 
 def json_schema() -> str:
     """The JSON schema of a file, as configs/schema.json holds it."""
-    return json.dumps(FileModel.model_json_schema(), indent=2, sort_keys=True) + "\n"
+    schema = pydantic.TypeAdapter(FileModel | OverlayModel).json_schema()
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
 @functools.lru_cache(maxsize=64)
 def parse(text: str, name: str) -> PresetFile:
     """Check the text of a file called ``name``. Raises PresetError as ``load`` does."""
-    data, lines = _read_yaml(text, name)
+    data, lines = read_yaml(text, name)
+    kind = OverlayModel if isinstance(data, dict) and "extends" in data else FileModel
     try:
-        model = FileModel.model_validate(data)
+        model = kind.model_validate(data)
     except pydantic.ValidationError as failed:
-        raise _first_error(failed, name, lines) from None
+        raise first_error(failed, name, lines, kind) from None
     if model.schema_ != SCHEMA_VERSION:
         where = {"file": name, "line": lines.get(("schema",)), "key": "schema"}
         raise PresetError(f"{model.schema_} is not a known version (this package reads {SCHEMA_VERSION})", **where)
     presets = tuple(_preset(entry, name) for entry in model.forward)
     _check_presets(presets, name, lines)
+    if kind is OverlayModel:
+        return _over_base(model, presets, name, lines)
+    if not presets[-1].is_fallback:
+        _fail(
+            name, lines, len(presets) - 1, "when", "the last entry must be `when: {}`, the fallback for every problem"
+        )
     return PresetFile(name, _gpu_facts(model.gpu), presets)
 
 
+def _over_base(model: OverlayModel, presets: tuple[Preset, ...], name: str, lines: dict) -> PresetFile:
+    """The file that extends another, and what it leaves of that."""
+    if model.extends not in builtin_names():
+        where = {"file": name, "line": lines.get(("extends",)), "key": "extends"}
+        raise PresetError(unknown("GPU of configs/", model.extends, builtin_names()), **where)
+    base = builtin(model.extends)
+    own = {preset.id: index for index, preset in enumerate(presets)}
+    fallback = base.presets[-1].id
+    if fallback in own and not presets[own[fallback]].is_fallback:
+        _fail(name, lines, own[fallback], "when", f"replaces the fallback of {base.name}, so it must ask for nothing")
+    kept = tuple(preset for preset in base.presets if preset.id not in own)
+    gpu = _gpu_facts(model.gpu, base.gpu)
+    return PresetFile(name, gpu, presets, dataclasses.replace(base, gpu=gpu, presets=kept))
+
+
 # ---- from models to plain values -----------------------------------------------------------------------------------
-def _gpu_facts(gpu: GpuModel) -> GpuFacts:
+def _gpu_facts(gpu, base: GpuFacts | None = None) -> GpuFacts:
     facts = {key: fact for key, fact in gpu if isinstance(fact, Fact)}
-    constants = {key: fact.value for key, fact in facts.items()}
-    sources = {key: fact.source for key, fact in facts.items()}
-    return GpuFacts(tuple(gpu.names), tuple(gpu.cc), int(gpu.sms.value), int(gpu.l2_bytes.value), constants, sources)
+    constants = {**(base.constants if base else {}), **{key: fact.value for key, fact in facts.items()}}
+    sources = {**(base.sources if base else {}), **{key: fact.source for key, fact in facts.items()}}
+    return GpuFacts(
+        names=tuple(gpu.names or base.names),
+        cc=tuple(gpu.cc or base.cc),
+        sms=int(constants["sms"]),
+        l2_bytes=int(constants["l2_bytes"]),
+        constants=constants,
+        sources=sources,
+    )
 
 
 def _preset(entry: PresetModel, file: str) -> Preset:
@@ -319,133 +376,32 @@ def _preset(entry: PresetModel, file: str) -> Preset:
 
 
 def _check_presets(presets: tuple[Preset, ...], file: str, lines: dict) -> None:
-    """Unique ids, a fallback at the end, honest provenance, and every kernel (and its redo pass) can run."""
-
-    def fail(index, key, message):
-        path = ("forward", index)
-        line = lines.get((*path, key)) or lines.get(path)
-        raise PresetError(message, file=file, line=line, key=f"forward[{index}].{key}")
-
+    """Unique ids, a fallback at the end or nowhere, honest provenance, and every kernel (and its redo pass) can run."""
     seen = {}
     for index, preset in enumerate(presets):
+        fail = functools.partial(_fail, file, lines, index)
         if preset.id in seen:
-            fail(index, "id", f"{preset.id!r} is already the id of forward[{seen[preset.id]}]")
+            fail("id", f"{preset.id!r} is already the id of forward[{seen[preset.id]}]")
         seen[preset.id] = index
         filled = [key for key, value in preset.measured if value is not None]
         if (preset.provenance == "measured") != ("tflops" in filled):
-            fail(index, "provenance", f"{preset.provenance!r}, but measured.tflops is {preset.measured.tflops}")
+            fail("provenance", f"{preset.provenance!r}, but measured.tflops is {preset.measured.tflops}")
         if preset.is_fallback and index != len(presets) - 1:
-            fail(index, "when", "asks for nothing, so nothing after it can match: it must be the last entry")
+            fail("when", "asks for nothing, so nothing after it can match: it must be the last entry")
         for spec in preset.specs():
             why = spec.reasons()
             if spec.softmax == "fixed_ref":
                 why += [f"redo pass: {reason}" for reason in spec.redo_spec().reasons()]
             if why:
                 bullets = "".join(f"\n  - {reason}" for reason in why)
-                fail(index, "id", f"{preset.id} cannot run with {spec.dtype}, head_dim {spec.head_dim}:{bullets}")
-    if not presets[-1].is_fallback:
-        fail(len(presets) - 1, "when", "the last entry must be `when: {}`, the fallback for every problem")
+                fail("id", f"{preset.id} cannot run with {spec.dtype}, head_dim {spec.head_dim}:{bullets}")
 
 
-# ---- reading YAML with line numbers --------------------------------------------------------------------------------
-def _read_yaml(text: str, name: str):
-    """(data, {path: line}) of a document. A path is the tuple of keys and indices that lead to a value."""
-    loader = _LOADER(text)
-    try:
-        node = loader.get_single_node()
-    except yaml.YAMLError as why:
-        mark = getattr(why, "problem_mark", None)
-        problem = getattr(why, "problem", None) or str(why)
-        raise PresetError(f"not YAML: {problem}", file=name, line=mark.line + 1 if mark else None) from None
-    lines: dict[tuple, int] = {}
-    if node is None:
-        raise PresetError("is empty", file=name)
-    _walk(node, (), lines, name, set())
-    try:
-        return loader.construct_document(node), lines
-    except yaml.YAMLError as why:
-        raise PresetError(f"not YAML: {why}", file=name) from None
-
-
-def _walk(node, path, lines, name, seen):
-    lines.setdefault(path, node.start_mark.line + 1)
-    if id(node) in seen:  # an alias: walking it again could take for ever
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise PresetError("a key is a word, not a list or a mapping", file=name, line=line)
-            here = (*path, key_node.value)
-            if here in lines:
-                message = f"given twice (first on line {lines[here]})"
-                raise PresetError(message, file=name, line=line, key=_dotted(here))
-            lines[here] = line
-            _walk(value_node, here, lines, name, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _walk(item, (*path, index), lines, name, seen)
-
-
-def _first_error(failed: pydantic.ValidationError, name: str, lines: dict) -> PresetError:
-    """One PresetError for everything pydantic found: located at the first, listing the others."""
-    messages = []
-    for error in failed.errors(include_url=False):
-        path = tuple(error["loc"])
-        # A mistyped key is also a missing one: the typo explains both, so it comes first.
-        order = (error["type"] != "extra_forbidden", _nearest_line(path, lines) or 0)
-        messages.append((order, _dotted(path), _explain(error, path)))
-    messages.sort()
-    (_, line), key, message = messages[0]
-    others = "".join(f"\n  also line {at[1]}: {where}: {what}" for at, where, what in messages[1:])
-    return PresetError(message + others, file=name, line=line, key=key)
-
-
-def _explain(error: dict, path: tuple) -> str:
-    if error["type"] == "extra_forbidden":
-        return _unknown("key", str(path[-1]), _keys_at(path[:-1]))
-    if error["type"] == "missing":
-        return "is missing"
-    given = "" if isinstance(error["input"], (dict, list)) else f" (given {error['input']!r})"
-    return error["msg"][0].lower() + error["msg"][1:] + given
-
-
-def _unknown(what: str, given: str, legal) -> str:
-    close = difflib.get_close_matches(given, legal, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown {what} {given!r}{hint} (legal: {', '.join(legal)})"
-
-
-def _keys_at(path: tuple) -> list[str]:
-    """The legal keys of the mapping at ``path``."""
-    model = FileModel
-    for part in path:
-        if isinstance(part, int):
-            continue
-        field = next(f for key, f in model.model_fields.items() if (f.alias or key) == part)
-        model = _model_in(field.annotation)
-    return [field.alias or key for key, field in model.model_fields.items()]
-
-
-def _model_in(annotation):
-    """The model class inside Optional[...] or list[...]."""
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return annotation
-    return next(found for found in map(_model_in, typing.get_args(annotation)) if found is not None)
-
-
-def _nearest_line(path: tuple, lines: dict) -> int | None:
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path)
-
-
-def _dotted(path: tuple) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text or "file"
+def _fail(file: str, lines: dict, index: int, key: str, message: str):
+    """Raise a PresetError about a key of an entry."""
+    path = ("forward", index)
+    line = lines.get((*path, key)) or lines.get(path)
+    raise PresetError(message, file=file, line=line, key=f"forward[{index}].{key}")
 
 
 def _shown(path: Path) -> str:

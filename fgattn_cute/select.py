@@ -148,13 +148,16 @@ def files_for(gpu: Gpu) -> list[tuple[str, PresetFile]]:
         if own is None:
             raise PresetError(f"has neither a file for {gpu.name} nor {presets.GENERIC}.yaml", file=str(path))
         files.append(("user", own))
+        if own.base is not None:
+            return [*files, ("preset", own.base)]
     files.append(("preset", _shipped(gpu.name)))
     return files
 
 
 def facts_for(gpu: Gpu) -> presets.GpuFacts:
-    """What is known about the GPU: the file that names it in full, with the SMs and the L2 that the device reports."""
-    file = _shipped(gpu.name)
+    """What is known about the GPU: the file that names it, with the SMs and the L2 that the device reports."""
+    naming = (file for source, file in files_for(gpu) if source == "user" and gpu.name in file.gpu.names)
+    file = next(naming, _shipped(gpu.name))
     return dataclasses.replace(file.gpu, names=(gpu.name,), sms=gpu.sms, l2_bytes=gpu.l2_bytes)
 
 

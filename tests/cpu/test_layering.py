@@ -27,8 +27,8 @@ FUNCTION_ALLOWANCE: dict[str, int] = {}
 
 # Third-party package -> the only files of fgattn_cute (folders end with a slash) that may import it.
 RESTRICTED = {
-    "yaml": {"presets.py", "integrations/policy_file.py"},
-    "pydantic": {"presets.py", "integrations/policy_file.py"},
+    "yaml": {"preset_reading.py", "integrations/policy_file.py"},
+    "pydantic": {"presets.py", "preset_reading.py", "integrations/policy_file.py"},
     "typer": {"cli.py", "cli_kernels.py"},
     "rich": {"cli.py", "cli_kernels.py"},
     "matplotlib": {"demo_picture.py", "pictures.py"},

@@ -92,7 +92,9 @@ def test_the_flagship_is_the_measured_one():
 def test_schema_json_is_the_generated_one():
     path = presets.CONFIG_DIR / "schema.json"
     assert path.read_text() == presets.json_schema(), "renew it as configs/README.md says"
-    assert json.loads(path.read_text())["additionalProperties"] is False
+    models = json.loads(path.read_text())["$defs"]
+    assert {"FileModel", "OverlayModel"} <= models.keys()
+    assert all(model["additionalProperties"] is False for model in models.values())
 
 
 def test_gpu_files_are_found_by_device_name():

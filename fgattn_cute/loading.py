@@ -33,10 +33,14 @@ def link(object_file: bytes) -> bytes | None:
     if command is None:
         log.info("no C compiler to link with (%s): the kernel is loaded through the DSL", ", ".join(LINKERS))
         return None
+    try:
+        needed = [str(runtime_library()), _tvm_ffi_library()]
+    except CompileError as why:
+        log.info("%s: the kernel is loaded through the DSL", why)
+        return None
     with tempfile.TemporaryDirectory(prefix="fgattn-") as scratch:
         source, target = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
         source.write_bytes(object_file)
-        needed = [str(runtime_library()), _tvm_ffi_library()]
         # -z defs: what the two libraries do not define is an error here, not at the first launch.
         done = subprocess.run(
             [*command, "-shared", "-nostdlib", "-o", str(target), str(source), *needed, "-Wl,-z,defs"],
@@ -67,14 +71,18 @@ def load(library: bytes, name: str) -> Callable:
 
 @functools.cache
 def runtime_library() -> Path:
-    """The DSL's runtime, found without importing the DSL; of two, the one for torch's CUDA.
+    """The DSL's runtime, found without importing the DSL: what CUTE_DSL_LIBS names, as for the DSL itself, else the
+    installed one; of two, the one for torch's CUDA.
 
     Raises:
         CompileError: it is not installed.
     """
+    for path in os.environ.get("CUTE_DSL_LIBS", "").split(os.pathsep):
+        if path.endswith(RUNTIME):
+            return Path(path)
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     roots = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
-    found = sorted(path for root in roots for path in root.glob(f"cu*/lib/{RUNTIME}"))
+    found = sorted(path for root in roots for path in (*root.glob(f"cu*/lib/{RUNTIME}"), *root.glob(f"lib/{RUNTIME}")))
     if not found:
         raise CompileError(f"{RUNTIME} cannot be found: pip install nvidia-cutlass-dsl-libs-cu12")
     import torch

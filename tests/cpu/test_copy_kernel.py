@@ -7,44 +7,20 @@ import torch
 from fgattn_cute import compile as compiler
 from fgattn_cute import cubin, emulator
 from fgattn_cute.kernels.copy_spec import CopySpec, measured_specs
-
-SPECS = [
-    CopySpec(path="tma", rows=1, stages=4),
-    CopySpec(path="tma", rows=16, stages=3),
-    CopySpec(path="cp_async", rows=16, stages=3),
-]
-
-
-def drawn(stream: int, steps: int, places: int) -> list[int]:
-    """Numerical Recipes' generator from stream * 2654435761, the upper bits scaled to the places."""
-    state, found = stream * 2654435761 % 2**32, []
-    for _ in range(steps):
-        state = (state * 1664525 + 1013904223) % 2**32
-        found.append(state * places // 2**32)
-    return found
+from tests.copy_cases import SPECS, expected
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("steps", [4, 7])
 def test_the_right_bytes_arrive(spec, steps):
     ctas, places = 2, 37
-    block = spec.rows if spec.path == "tma" else 1
-    rows = torch.arange(places * block * 64, dtype=torch.int32).view(-1, 64)
+    rows = torch.arange(places * (spec.rows if spec.path == "tma" else 1) * 64, dtype=torch.int32).view(-1, 64)
     last = torch.full((ctas, spec.stages * spec.rows * 64), -1, dtype=torch.int32)
     kernel = compiler.get(spec, emulated=True).call
     with emulator.session(seed=steps, checks="all"):
         kernel(rows, last, steps, places)
-    for cta in range(ctas):
-        expected = torch.empty(spec.stages, spec.rows, 64, dtype=torch.int32)
-        if spec.path == "tma":
-            for step, box in enumerate(drawn(cta, steps, places)):
-                expected[step % spec.stages] = rows[box * block : (box + 1) * block]
-        else:
-            for group in range(8):
-                for i, row in enumerate(drawn(cta * 8 + group, steps * spec.rows // 8, places)):
-                    step, line = divmod(i, spec.rows // 8)
-                    expected[step % spec.stages, 8 * line + group] = rows[row]
-        assert torch.equal(last[cta].view_as(expected), expected)
+    wanted = expected(spec, rows, ctas, steps, places)
+    assert torch.equal(last.view_as(wanted), wanted)
 
 
 def test_what_is_measured_can_run():

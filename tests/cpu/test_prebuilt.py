@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -161,6 +162,15 @@ def test_what_cannot_be_linked_or_loaded_goes_through_the_dsl(tmp_path, monkeypa
     assert loading.link(b"") is None and "no C compiler" in caplog.text
     monkeypatch.setenv("CC", "cc")
     assert loading.link(b"not an object file") is None and "is not linked" in caplog.text
+    monkeypatch.setattr(loading, "RUNTIME", "libno_such_runtime.so")
+    loading.runtime_library.cache_clear()
+    assert loading.link(b"") is None and "libno_such_runtime.so cannot be found" in caplog.text
+    loading.runtime_library.cache_clear()
+    monkeypatch.setattr(loading, "RUNTIME", "librt.so")
+    monkeypatch.setenv("CUTE_DSL_LIBS", os.pathsep.join(["/a/libshim.so", "/b/librt.so"]))
+    assert str(loading.runtime_library()) == "/b/librt.so"
+    loading.runtime_library.cache_clear()
+    monkeypatch.undo()
     spec = next(s for s in prebuilt.specs_of("h200", dtypes=["bf16"], head_dims=[64]) if s.softmax == "exact")
     damaged = dataclasses.replace(compiler.artifact(spec), library=b"not a library")
     assert callable(compiler._load(spec, damaged, emulated=False))

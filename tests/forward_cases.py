@@ -144,7 +144,12 @@ class _Allocator:
         return getattr(torch, name)
 
     def empty(self, *args, **kwargs):
-        result = torch.empty(*args, **kwargs)
+        return self._poisoned(torch.empty(*args, **kwargs))
+
+    def empty_like(self, *args, **kwargs):
+        return self._poisoned(torch.empty_like(*args, **kwargs))
+
+    def _poisoned(self, result):
         bits_of(result).fill_(-1)
         self.emu.uninitialised(result)
         self.results.append(result)

@@ -27,7 +27,11 @@ from fgattn_cute.select import facts_for, for_union, select
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "h200"
-FITTED = "2026-11-23-forward.jsonl"  # the records that the constants of configs/h200.yaml are fitted to
+OWN = {  # file: what its records are to the model
+    "2026-11-23-forward.jsonl": "own, fitted",  # the constants of configs/h200.yaml are fitted to these
+    "2026-11-23-second.jsonl": "own, held out",
+    "2026-11-23-peers.jsonl": "own, bursts",
+}
 PUBLISHED = ROOT / "published.json"
 SAME_KERNEL = {"", "scale_reference=once", "scale_reference=per_tile"}  # what a record's provider may add to the preset
 ANOTHER = "another kernel"  # how the label of a figure starts that is not of this design
@@ -93,19 +97,27 @@ def measurements() -> list[Measured]:
 
 
 def own_measurements() -> Iterator[Measured]:
-    """Records of perf/results/h200 whose provider is a preset."""
+    """Records of perf/results/h200: interleaved ones whose provider is a preset, and ours among perf.run's."""
     known = {preset.id: preset for preset in presets.builtin("h200").presets}
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        source = "own, fitted" if path.name == FITTED else "own, held out"
-        for record in map(json.loads, path.read_text().splitlines()):
+    for name, source in OWN.items():
+        for record in map(json.loads, (RESULTS / name).read_text().splitlines()):
             preset_id, _, rest = record.get("provider", "").partition(" ")
-            if record["kind"] != "interleaved" or preset_id not in known or rest not in SAME_KERNEL:
+            if record["kind"] == "attention" and preset_id == "ours" and "packed_tflops" in record:
+                facts = {"dtype": "bf16", "head_dim": record["head_dim"], "slice_n": record["slice_n"]}
+                ran = record["note"].removeprefix("preset: ")
+                taking = (preset for preset in known.values() if preset.takes(**facts))
+                preset = next(preset for preset in taking if preset.spec(**facts).name == ran)
+                label = f"{preset.id}, slices of {record['slice_m']} x {record['slice_n']}"
+                spec, more = preset.spec(**facts), {"slice_m": record["slice_m"]}
+            elif record["kind"] == "interleaved" and preset_id in known and rest in SAME_KERNEL:
+                label, more = record["provider"], {}
+                spec = known[preset_id].spec(dtype="bf16", head_dim=record["head_dim"])
+                if rest:
+                    spec = dataclasses.replace(spec, scale_reference=rest.partition("=")[2])
+            else:
                 continue
-            spec = known[preset_id].spec(dtype="bf16", head_dim=record["head_dim"])
-            if rest:
-                spec = dataclasses.replace(spec, scale_reference=rest.partition("=")[2])
-            sizes = (record["seqlen"], record["heads"], record["density"])
-            yield Measured(source, record["provider"], spec, "h200", *sizes, record["packed_tflops"])
+            facts = (record["seqlen"], record["heads"], record["density"], record["packed_tflops"])
+            yield Measured(source, label, spec, "h200", *facts, **more)
 
 
 def published(section: str) -> list[Measured]:
@@ -187,7 +199,7 @@ def summary() -> str:
 
 
 def fit() -> dict[str, float]:
-    """Least squares over the records of ``FITTED``, by coordinate descent on a shrinking grid."""
+    """Least squares over the fitted records, by coordinate descent on a shrinking grid."""
     points = [point for point in own_measurements() if point.source == "own, fitted"]
     values = {"overlap_exponent": 4.0, "cycles_per_instruction": 1.5, "list_cycles": 4000.0}
     step = 0.5

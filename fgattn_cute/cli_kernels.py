@@ -113,11 +113,15 @@ def compile_kernels(
             else workers.compile_all(specs, processes=processes or None)
         )
     failed = [outcome for outcome in outcomes if outcome.error]
+    counts = {"compiled": len(outcomes) - len(failed), "failed": len(failed)}
+    if out is not None:
+        counts["loaded_without_the_dsl"] = len(list(out.glob("*.so")))
     if as_json:
         kernels = [{"kernel": o.spec.name, "error": o.error, "seconds": round(o.seconds, 3)} for o in outcomes]
-        print_json({"folder": out, "compiled": len(outcomes) - len(failed), "failed": len(failed), "kernels": kernels})
+        print_json({"folder": out, **counts, "kernels": kernels})
     else:
-        print_rows([("compiled", len(outcomes) - len(failed)), *((o.spec.name, o.error) for o in failed)])
+        print_rows([(name.replace("_", " "), number) for name, number in counts.items()])
+        print_rows([(o.spec.name, o.error) for o in failed])
     if failed:
         raise typer.Exit(1)
 

@@ -232,7 +232,7 @@ def test_compile_reports_each_kernel_and_checks_a_folder(tmp_path, monkeypatch):
 
     def pretend(specs, processes=None, on_done=None):
         for spec in specs[1:]:
-            cache.publish(spec, cache.Artifact(b"code", "ptx", {}))
+            cache.publish(spec, cache.Artifact(b"code", "ptx", {}, b"linked"))
         return [workers.Outcome(s, "ptxas died" if i == 0 else None, 0.1, {}) for i, s in enumerate(specs)]
 
     monkeypatch.setattr(workers, "compile_all", pretend)
@@ -241,6 +241,7 @@ def test_compile_reports_each_kernel_and_checks_a_folder(tmp_path, monkeypatch):
     done = fgattn("compile", "--gpu", "h200", "--head-dim", 256, "--dtype", "bf16", "--out", out, "--json")
     data = json.loads(done.stdout)
     assert done.returncode == 1 and data["failed"] == 1 and data["compiled"] == len(data["kernels"]) - 1 > 1
+    assert data["loaded_without_the_dsl"] == data["compiled"]
     assert len(list(out.glob("*.o"))) == data["compiled"]
     assert fgattn("compile", "--out", out, "--check").returncode == 0
     next(out.glob("*.o")).write_bytes(b"x")

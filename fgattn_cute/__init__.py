@@ -30,7 +30,7 @@ _FROM = {
     "PresetError": "errors",
     "UnsupportedError": "errors",
 }
-_MODULES = ("convert", "emulator", "pictures", "predict", "reference")
+_MODULES = ("convert", "emulator", "orders", "pictures", "predict", "reference")
 
 __all__ = [
     "CompileError",
@@ -52,6 +52,7 @@ __all__ = [
     "convert",
     "emulator",
     "explain",
+    "orders",
     "pictures",
     "predict",
     "reference",

@@ -14,7 +14,7 @@ import functools
 import torch
 
 from fgattn_cute import bits as _bits
-from fgattn_cute import device_masks
+from fgattn_cute import device_masks, orders
 from fgattn_cute.errors import PlanError
 from fgattn_cute.mask import SliceMask, block_rows, blocks_of
 from fgattn_cute.plan import Plan, number_of
@@ -46,7 +46,7 @@ class UnionPlan:
     def from_mask(
         cls,
         mask: SliceMask,
-        order: torch.Tensor | None = None,
+        order: torch.Tensor | str | None = None,
         backend: str | None = None,
         *,
         rows: int | None = None,
@@ -56,7 +56,8 @@ class UnionPlan:
         Args:
             mask: slice_m 16, 32, 48, 64 or 96.
             order: int64 permutation of the query blocks, (blocks_q,) or (batch, heads, blocks_q): consecutive ones
-                share a union. None takes neighbours. Outputs stay where the queries are, whatever the order.
+                share a union. None takes them as they stand, "similar" those that keep most of the same keys, head
+                by head (``orders.similar``); ``orders`` has more. Outputs stay where the queries are.
             backend: "cuda" or "emulator" for the kernel that packs the keep-bits, "torch"; None takes the kernel where
                 the mask lies on a GPU that runs it.
             rows: query rows of a CTA, one of ``rows_for(mask.slice_m)``; None takes the first, which was measured
@@ -75,6 +76,10 @@ class UnionPlan:
             )
         rows = rows or legal[0]
         size = rows // mask.slice_m
+        if isinstance(order, str):
+            if order != "similar":
+                raise PlanError(f'order {order!r} is neither a permutation nor "similar"')
+            order = orders.similar(mask, rows)
         blocks = _grouped(mask, order, size)
         # One row of zeros stands for the blocks that the last union lacks.
         words = torch.nn.functional.pad(mask.bits, (0, 0, 0, 1))

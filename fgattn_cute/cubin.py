@@ -97,7 +97,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*(?P<at>[0-9a-f]{4,})\*/\s+(?P<if>@!?U?P[0-9T]
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 # What a loop does its work with. A stretch of a loop that a branch skips and that holds none of these is a slow path.
-_WORK = ("HGMMA", "LDGSTS", "MUFU.EX2")
+_WORK = ("HGMMA", "LDGSTS", "UTMALDG", "MUFU.EX2")
 
 
 def _disassemble(cubin: bytes) -> list[str]:
@@ -125,7 +125,8 @@ def opcodes(cubin: bytes) -> list[str]:
 def loops(cubin: bytes) -> dict[str, list[str]]:
     """Opcodes of one round of a forward kernel's two steady loops: {"consumer": ..., "producer": ...}.
 
-    The consumer's is the innermost loop with HGMMA, the producer's the innermost one with LDGSTS. Slow paths inside
+    The consumer's is the innermost loop with HGMMA, the producer's the innermost one with LDGSTS, or with UTMALDG where
+    all keys come by TMA. Slow paths inside
     them (retries of a barrier, the guard of fixed_ref) are left out: stretches without work that a branch skips.
 
     Raises:
@@ -140,12 +141,15 @@ def loops(cubin: bytes) -> dict[str, list[str]]:
                 branches.append((len(code), target[1], found["if"] is not None))
             code.append(found["opcode"])
     jumps = [(at, labels[target], maybe) for at, target, maybe in branches]
-    return {role: _innermost(code, jumps, wanted) for role, wanted in (("consumer", "HGMMA"), ("producer", "LDGSTS"))}
+    loads = "LDGSTS" if count(code, "LDGSTS") else "UTMALDG"
+    return {role: _innermost(code, jumps, wanted) for role, wanted in (("consumer", "HGMMA"), ("producer", loads))}
 
 
 def _innermost(code: list[str], jumps: list[tuple[int, int, bool]], wanted: str) -> list[str]:
-    # The way back from an out-of-line retry is a backward branch too, but an unconditional one.
-    spans = [(start, end) for end, start, maybe in jumps if maybe and start <= end and count(code[start:end], wanted)]
+    # The way back from an out-of-line retry is a backward branch too, but an unconditional one. So is that of a loop
+    # which tests its end at the top: it counts where no other loop is found.
+    back = [(start, end, maybe) for end, start, maybe in jumps if start <= end and count(code[start:end], wanted)]
+    spans = [(start, end) for start, end, maybe in back if maybe] or [(start, end) for start, end, _ in back]
     if not spans:
         raise CompileError(f"the kernel has no loop with {wanted}")
     start, end = min(spans, key=lambda span: span[1] - span[0])

@@ -17,7 +17,7 @@ import torch
 
 from . import compile as compiler
 from .errors import FgAttnError, InputError, describe_tensor, refusal
-from .kernels.spec import FwdSpec
+from .kernels.spec import MAX_REDO_ITEMS, FwdSpec
 from .problem import Problem, as_bshd
 
 # fixed_ref poisons rows whose sum of exponentials passes 2^100 relative to their reference. Scores of magnitude at most
@@ -75,6 +75,12 @@ def grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:
     return min(ctas, sms * spec.ctas_per_sm) if spec.scheduler == "persistent" else ctas
 
 
+def redo_grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:
+    """CTAs of the redo pass after a launch of ``spec``: as many as fit the GPU at once, or as its flags need."""
+    ctas = num_work * ctas_per_block(spec, slice_m)
+    return max(min(ctas, sms * spec.ctas_per_sm), -(-ctas // MAX_REDO_ITEMS))
+
+
 def needs_redo(seqlen_k: int, logit_bound: float | None, union_blocks: int = 1) -> bool:
     """Whether a fixed_ref launch may have poisoned rows.
 
@@ -128,7 +134,7 @@ def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     try:
         launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms), *unions)
         if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound, spec.union_blocks):
-            launcher.redo(*tensors, items * launcher.ctas_per_block, *unions)
+            launcher.redo(*tensors, redo_grid_size(spec, items, launcher.slice_m, sms), *unions)
     except (TypeError, ValueError) as why:
         if isinstance(why, FgAttnError):
             raise

@@ -209,7 +209,15 @@ class Plan:
     @functools.cached_property
     def signature(self) -> tuple:
         """Everything about the plan that the soundness of a call depends on, besides the stored values."""
-        return (type(self), *self.geometry.values(), self.batch, self.heads, self.device, self.density_bucket)
+        return (
+            type(self),
+            *self.geometry.values(),
+            self.batch,
+            self.heads,
+            self.device,
+            self.density_bucket,
+            self.nearly_full,
+        )
 
     @functools.cached_property
     def signature_number(self) -> int:
@@ -222,6 +230,11 @@ class Plan:
         asks nothing of the device; a capacity counts in full."""
         cells = self.keys.numel() * blocks_of(self.seqlen_k, self.slice_n)
         return max(cells // max(self.capacity, 1), 1).bit_length() - 1
+
+    @functools.cached_property
+    def nearly_full(self) -> bool:
+        """Whether eight ninths of all segments or more are kept, as the allocation tells it."""
+        return 9 * self.capacity >= 8 * self.keys.numel() * blocks_of(self.seqlen_k, self.slice_n)
 
     def counts(self) -> torch.Tensor:
         """Segments in each list: int64 (batch, heads, blocks_q), on the plan's device."""

@@ -97,7 +97,10 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
             if (dtypes and spec.dtype not in dtypes) or (head_dims and spec.head_dim not in head_dims):
                 continue
             for n in slice_n:
-                own = dataclasses.replace(spec, slice_n=n)
+                facts = {"dtype": spec.dtype, "head_dim": spec.head_dim, "slice_n": n}
+                if not preset.takes(**facts):
+                    continue
+                own = preset.spec(**facts)
                 found[own] = None
                 if own.softmax == "fixed_ref":
                     found[own.redo_spec()] = None

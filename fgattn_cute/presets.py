@@ -19,7 +19,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from .errors import PresetError
-from .kernels.spec import DTYPES, HEAD_DIMS, FwdSpec
+from .kernels.spec import BOX_ROWS, DTYPES, HEAD_DIMS, FwdSpec
 from .preset_reading import first_error, read_yaml, unknown
 
 CONFIG_DIR = Path(__file__).parent / "configs"
@@ -78,6 +78,11 @@ class IntCondition(_Model):
             and (self.one_of is None or value in self.one_of)
         )
 
+    @property
+    def smallest(self) -> int:
+        """The smallest value for which the conditions hold."""
+        return min(self.one_of) if self.one_of else self.multiple_of or 1
+
 
 class When(_Model):
     """For which problems a preset is meant. What is not given is not asked for."""
@@ -113,6 +118,7 @@ class TuneModel(_Model):
     ping_pong: list[bool] | None = None
     scale_reference: list[Literal["once", "per_tile"]] | None = None
     proxy_fence: list[Literal["producer", "consumer"]] | None = None
+    kv_loads: list[Literal["gather", "runs"]] | None = None
 
 
 class MeasuredModel(_Model):
@@ -140,6 +146,9 @@ class PresetModel(_Model):
     ping_pong: bool = False
     scale_reference: Literal["once", "per_tile"] = "once"
     proxy_fence: Literal["producer", "consumer"] = "producer"
+    kv_loads: Literal["gather", "runs"] = Field(
+        "gather", description="of slice_n that are not multiples of 8, whose segments come as boxes"
+    )
     registers: RegistersModel | None = Field(None, description="null takes the default of the warp layout")
     provenance: Literal["measured", "assumed"]
     measured: MeasuredModel
@@ -189,6 +198,17 @@ class GpuFacts:
     sources: dict[str, str]
 
 
+def loads_for(slice_n: int, scattered: str, nearly_full: bool = False) -> str:
+    """FwdSpec.kv_loads of a preset for a plan; docs/kernel.md has what each is worth.
+
+    Args:
+        slice_n: of the plan.
+        scattered: the preset's own, for segments that boxes cannot bring.
+        nearly_full: whether most tiles of the plan's lists are consecutive keys.
+    """
+    return "boxes" if slice_n % BOX_ROWS == 0 else "runs" if nearly_full else scattered
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preset:
     """A preset: conditions, and the fields of FwdSpec that it fixes (all but the problem's own)."""
@@ -218,14 +238,16 @@ class Preset:
         """The entry that asks for nothing."""
         return self.when == When()
 
-    def spec(self, *, dtype: str, head_dim: int, slice_n: int = 1) -> FwdSpec:
-        return FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, **self.fields)
+    def spec(self, *, dtype: str, head_dim: int, slice_n: int = 1, nearly_full: bool = False) -> FwdSpec:
+        loads = loads_for(slice_n, self.fields["kv_loads"], nearly_full)
+        return FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, **self.fields | {"kv_loads": loads})
 
     def specs(self):
-        """The preset's kernels with slice_n = 1: one for each dtype and head dim that it takes."""
+        """The preset's kernels with the smallest slice_n: one for each dtype and head dim that it takes."""
+        slice_n = self.when.slice_n.smallest if self.when.slice_n else 1
         for dtype in self.when.dtype or DTYPES:
             for head_dim in self.when.head_dim or HEAD_DIMS:
-                yield self.spec(dtype=dtype, head_dim=head_dim)
+                yield self.spec(dtype=dtype, head_dim=head_dim, slice_n=slice_n)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -369,7 +391,17 @@ def _preset(entry: PresetModel, file: str) -> Preset:
         "consumer_registers": entry.registers.consumer if entry.registers else None,
         "producer_registers": entry.registers.producer if entry.registers else None,
     }
-    for key in ("softmax", "q_source", "scheduler", "ctas_per_sm", "ping_pong", "scale_reference", "proxy_fence"):
+    kept = (
+        "softmax",
+        "q_source",
+        "scheduler",
+        "ctas_per_sm",
+        "ping_pong",
+        "scale_reference",
+        "proxy_fence",
+        "kv_loads",
+    )
+    for key in kept:
         fields[key] = getattr(entry, key)
     tune = {key: tuple(values) for key, values in entry.tune if values is not None}
     return Preset(entry.id, file, entry.when, fields, entry.provenance, entry.measured, tune)

@@ -46,6 +46,7 @@ class Problem:
     plan_heads: int
     union_blocks: int = 1
     density_bucket: int | None = None
+    nearly_full: bool = False
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan, layout: str = "bshd") -> Problem:
@@ -70,6 +71,7 @@ class Problem:
             plan_heads=plan.heads,
             union_blocks=getattr(plan, "union_blocks", 1),
             density_bucket=getattr(plan, "density_bucket", None),
+            nearly_full=getattr(plan, "nearly_full", False),
         )
 
     @property

@@ -61,7 +61,7 @@ def counts(spec: FwdSpec, keys: Iterable[int], *, slice_m: int, seqlen_q: int) -
     """What a launch does, from the spec and the lists alone.
 
     Args:
-        spec: not a redo spec.
+        spec: not a redo spec. kv_loads runs counts as the gather: which tiles come as boxes is in the ids.
         keys: length of every list in keys, (batch, heads, blocks_q) flattened: query blocks fastest.
         slice_m, seqlen_q: of the plan.
     """
@@ -72,6 +72,7 @@ def counts(spec: FwdSpec, keys: Iterable[int], *, slice_m: int, seqlen_q: int) -
     threads = WARPGROUP_THREADS * spec.consumer_warpgroups
     warps = threads // WARP_THREADS
     row_bytes = spec.head_dim * ELEMENT_BYTES
+    boxes = spec.kv_loads == "boxes"
     pieces = 2 * spec.rows_per_thread * spec.atoms_per_row  # 16-byte copies of a producer thread per tile
     exact_rescale = 2 if spec.softmax == "exact" else 0  # a thread has two rows
 
@@ -87,23 +88,26 @@ def counts(spec: FwdSpec, keys: Iterable[int], *, slice_m: int, seqlen_q: int) -
         per_list = -(-n // spec.tile_n)
         lists += parts
         tiles += parts * per_list
-        id_loads += parts * max(per_list, 2)  # the ids of a second tile are read whether there is one or not
+        # Ids are read ahead: those of a second tile whether there is one or not, those of the last tile twice by boxes.
+        id_loads += parts * (per_list + 1 if boxes else max(per_list, 2))
         rescales += parts * (per_list - 1) * exact_rescale
         copied += parts * n
     fence_instructions = 4 if spec.proxy_fence == "producer" else 0  # a commit and a wait for K and for V
-    ids = _ids_per_thread(spec) * WARPGROUP_THREADS * 4
+    copies = 0 if boxes else tiles * PRODUCER_WARPS * (pieces + fence_instructions)
+    boxed = 2 * row_bytes * spec.tile_n * tiles if boxes else 0  # a box brings its zeros too
+    ids = 4 * (spec.boxes_per_tile * WARP_THREADS if boxes else _ids_per_thread(spec) * WARPGROUP_THREADS)
     final_rows = 2 * ctas + 2 * lists  # of a thread's two rows: a reciprocal always, a logarithm unless nothing is kept
     mufu = tiles * warps * spec.tile_n // 2 + warps * (rescales + final_rows)
     return Counts(
         wgmma_flops=4 * spec.tile_m * spec.tile_n * spec.head_dim * tiles,
         ex2=spec.tile_m * spec.tile_n * tiles + threads * rescales,
-        cp_async_bytes=2 * row_bytes * copied,
-        tma_load_bytes=spec.tile_m * row_bytes * lists,
+        cp_async_bytes=0 if boxes else 2 * row_bytes * copied,
+        tma_load_bytes=spec.tile_m * row_bytes * lists + boxed,
         tma_store_bytes=boxed_rows * row_bytes,
         global_load_bytes=spec.num_threads * WORK_ITEM_BYTES * ctas + ids * id_loads,
         global_store_bytes=4 * valid_rows,
         wgmma_instructions=tiles * warps * (spec.head_dim // WGMMA_K + spec.tile_n // WGMMA_K + 4),
-        cp_async_instructions=tiles * PRODUCER_WARPS * (pieces + fence_instructions),
+        cp_async_instructions=copies,
         mufu_instructions=mufu,
     )
 
@@ -137,10 +141,14 @@ def instructions(spec: FwdSpec, artifact: cache.Artifact | None = None) -> Instr
 
 def known_instructions(spec: FwdSpec) -> Instructions:
     """The committed figures, else an estimate: the same on every machine, whatever its cache holds."""
-    # The loops of fp16 and of other segments differ from these by a few instructions.
-    alike = dataclasses.replace(spec, dtype="bf16", slice_n=1).name
-    figures = committed_figures().get(alike, {}).get("loops")
-    return _total(figures, "committed") if figures is not None else _estimated(spec)
+    # The loops of fp16, of other segments and of runs differ from these by a few instructions.
+    boxes = spec.kv_loads == "boxes"
+    slice_n = next((n for n in (64, 8) if boxes and spec.slice_n % n == 0), 1)
+    for loads in ("boxes",) if boxes else ("gather", "runs"):
+        alike = dataclasses.replace(spec, dtype="bf16", slice_n=slice_n, kv_loads=loads).name
+        if alike in committed_figures():
+            return _total(committed_figures()[alike]["loops"], "committed")
+    return _estimated(spec)
 
 
 def _total(figures: dict, source: str) -> Instructions:
@@ -180,6 +188,8 @@ def _estimated(spec: FwdSpec) -> Instructions:
     if spec.union_blocks > 1:
         consumer += spec.tile_n / 2 + 15  # a select for every score and the mask word
     producer = 3 * spec.rows_per_thread * spec.atoms_per_row + 65
+    if spec.kv_loads == "boxes":
+        producer = 25 + 16 * 2 * spec.boxes_per_tile // spec.box_warps * spec.atoms_per_row // spec.box_atoms
     return Instructions(round(consumer), round(producer), "estimated")
 
 

@@ -92,7 +92,7 @@ def _tuned(spec: FwdSpec, record: dict) -> Choice:
 def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
     """The shipped file's entry for every problem: what tuning candidates are compared with."""
     preset = _shipped(gpu.name).presets[-1]
-    spec = preset.spec(dtype=problem.dtype_name, head_dim=problem.head_dim, slice_n=problem.slice_n)
+    spec = preset.spec(**_facts(problem))
     if problem.union_blocks > 1 and spec.tile_m != problem.rows:
         budgets = {"consumer_registers": None, "producer_registers": None}
         spec = dataclasses.replace(spec, tile_m=problem.rows, **budgets)
@@ -103,6 +103,7 @@ def for_union(spec: FwdSpec, union_blocks: int) -> FwdSpec:
     """The same kernel with one list for ``union_blocks`` blocks, as far as its tile and registers must change for it.
 
     tile_n: the next one down of which a thread's keep-bits fit a word.
+    kv_loads: keep-bits follow the gather's order of keys.
     registers: with three consumer warpgroups the producer's 32 do not hold the rows of all blocks without a spill.
     """
     if union_blocks == 1:
@@ -110,7 +111,7 @@ def for_union(spec: FwdSpec, union_blocks: int) -> FwdSpec:
     if spec.tile_m == 192:
         consumer, producer = WIDE_UNION_REGISTERS
         spec = dataclasses.replace(spec, consumer_registers=consumer, producer_registers=producer)
-    spec = dataclasses.replace(spec, union_blocks=union_blocks)
+    spec = dataclasses.replace(spec, union_blocks=union_blocks, kv_loads="gather")
     for rows_per_thread in (8, 4):
         narrowed = dataclasses.replace(spec, tile_n=rows_per_thread * spec.row_groups)
         if narrowed.tile_n <= spec.tile_n and not narrowed.reasons():
@@ -184,7 +185,7 @@ def speed(preset: Preset) -> float:
 
 def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple[Choice, str]]:
     """(choice, why it would not be the first) of every preset that can run the problem, best first."""
-    facts = {"dtype": problem.dtype_name, "head_dim": problem.head_dim, "slice_n": problem.slice_n}
+    facts = _facts(problem)
     m = problem.rows
     meant, able, last = [], [], []
     for source, file in files:
@@ -195,7 +196,7 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
         last += [("fallback", file, p) for p in taking if p.is_fallback]
     ranked = []
     for source, file, preset in meant + able + last:
-        spec = preset.spec(**facts)
+        spec = preset.spec(**facts, nearly_full=problem.nearly_full)
         if problem.union_blocks > 1:
             spec = for_union(spec, problem.union_blocks)
             if misfits(spec, problem) or spec.reasons():
@@ -214,6 +215,10 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
             why_not = f"made for other slice_m: {rows_text}, cost {price:.0f}"
         ranked.append((Choice(spec, source, preset.id, why), why_not))
     return ranked
+
+
+def _facts(problem: Problem) -> dict:
+    return {"dtype": problem.dtype_name, "head_dim": problem.head_dim, "slice_n": problem.slice_n}
 
 
 def _wanted(problem: Problem) -> str:
@@ -258,7 +263,7 @@ def _by_id(problem: Problem, gpu: Gpu, preset_id: str) -> FwdSpec:
                     f"preset {preset_id} of {file.name} is not for {problem.dtype_name}, head_dim {problem.head_dim}, "
                     f"slice_n {problem.slice_n}"
                 )
-            return preset.spec(dtype=problem.dtype_name, head_dim=problem.head_dim, slice_n=problem.slice_n)
+            return preset.spec(**_facts(problem))
     legal = ", ".join(dict.fromkeys(p.id for file in files for p in file.presets))
     names = ", ".join(file.name for file in files)
     raise PresetError(f"no preset {preset_id!r} (legal: {legal})", file=names)

@@ -188,7 +188,11 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Candidate]:
             if not preset.takes(**facts):
                 continue
             own = preset.spec(**facts)
-            ranges = [[(name, value) for value in values] for name, values in preset.tune.items()]
+            # Segments that boxes bring have no choice of loads.
+            tried = {
+                name: values for name, values in preset.tune.items() if (name, own.kv_loads) != ("kv_loads", "boxes")
+            }
+            ranges = [[(name, value) for value in values] for name, values in tried.items()]
             for choice in itertools.chain([()], itertools.product(*ranges)):
                 changed = dict(choice)
                 if changed.get("ctas_per_sm", own.ctas_per_sm) != own.ctas_per_sm or "tile_m" in changed:

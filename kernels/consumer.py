@@ -20,7 +20,11 @@ class Consumer:
             self.take(index, tiles, items)
         else:
             while self.scheduler.is_valid(index):
-                tiles, items = self.take(index, tiles, items)
+                if const_expr(not self.spec.redo):
+                    tiles, items = self.take(index, tiles, items)
+                else:
+                    if self.scheduler.wants(step):
+                        tiles, items = self.take(index, tiles, items)
                 step += 1
                 index = self.scheduler.item_index(step)
             self.epilogue.wait_stored()
@@ -33,4 +37,8 @@ class Consumer:
             tiles = self.mainloop.attend(work, tiles, items)
             items += 1
         self.epilogue.store(work, self.mainloop.acc_O, self.mainloop.softmax)
+        if const_expr(self.spec.redo):
+            if work.num_keys > 0:  # O went out through Q's slab
+                self.epilogue.wait_stored()
+                self.mainloop.pipe_q.release(items - 1)
         return tiles, items

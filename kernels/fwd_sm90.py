@@ -15,15 +15,15 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
+from .boxes import Boxes, BoxLoader, RunLoader, make_box_atom
 from .consumer import Consumer
 from .epilogue import Epilogue
-from .loader import Loader
+from .loader import GatherLoader
 from .mainloop import Mainloop
-from .ptx import exit_if_zero
 from .schedule import make_pipes
 from .scheduler import Scheduler
 from .smem import element_type, operand_layouts, operand_tile, storage_struct
-from .spec import ELEMENT_BYTES, WARP_ROWS, WARP_THREADS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+from .spec import ELEMENT_BYTES, WARP_ROWS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)
 SMALLEST_SCALE = 2.0**-126
@@ -90,6 +90,10 @@ class FgAttnForwardSm90:
             cpasync.CopyBulkTensorTileG2SOp(), mQ, q_box, (spec.q_box_rows, spec.head_dim)
         )
         tma_o, mO = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), mO, rows, (WARP_ROWS, spec.head_dim))
+        tma_k, tma_v, boxK, boxV = None, None, None, None
+        if const_expr(spec.kv_loads != "gather"):
+            tma_k, boxK = make_box_atom(spec, mK)
+            tma_v, boxV = make_box_atom(spec, mV)
         self.Storage = storage_struct(spec, layouts)
         # min_blocks_per_mp > 1 makes the compiler ask the driver for the carve-out unless it is given.
         carveout = {"preferred_smem_carveout": 100} if spec.ctas_per_sm > 1 else {}
@@ -100,6 +104,10 @@ class FgAttnForwardSm90:
             mO,
             mK,
             mV,
+            tma_k,
+            boxK,
+            tma_v,
+            boxV,
             mLSE,
             mIds,
             mWork,
@@ -134,6 +142,10 @@ class FgAttnForwardSm90:
         mO: cute.Tensor,
         mK: cute.Tensor,
         mV: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        boxK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        boxV: cute.Tensor,
         mLSE: cute.Tensor,
         mIds: cute.Tensor,
         mWork: cute.Tensor,
@@ -154,10 +166,9 @@ class FgAttnForwardSm90:
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         scheduler = Scheduler(spec, mWork, mBlocks, slice_m, ctas_per_block, mQ.shape[0])
-        if const_expr(spec.redo):
-            self.exit_unless_poisoned(scheduler, mLSE, thread)
-
         storage = SmemAllocator().allocate(self.Storage)
+        if const_expr(spec.redo):
+            scheduler.flag_poisoned(mLSE, storage.flags.get_tensor(cute.make_layout(spec.num_flags)), thread, warp)
         sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         sK = storage.sK.get_tensor(kv_layout.outer, swizzle=kv_layout.inner)
         sV = storage.sV.get_tensor(kv_layout.outer, swizzle=kv_layout.inner)
@@ -179,9 +190,19 @@ class FgAttnForwardSm90:
             cute.arch.setmaxregister_decrease(spec.producer_registers)
             producer_thread = thread - WARPGROUP_THREADS * spec.consumer_warpgroups
             producer_warp = warp - 4 * spec.consumer_warpgroups
-            loader = Loader(spec, scheduler, pipes, producer_thread, producer_warp)
+            role = (spec, scheduler, pipes, producer_thread, producer_warp)
+            boxes = Boxes(spec, tma_k, boxK, sK), Boxes(spec, tma_v, boxV, sV)
+            if const_expr(spec.kv_loads == "boxes"):
+                loader = BoxLoader(*role)
+                loader.bind_kv(*boxes, mIds)
+            elif const_expr(spec.kv_loads == "runs"):
+                loader = RunLoader(*role)
+                loader.bind_kv((mK, sK, k_row_bytes), (mV, sV, v_row_bytes), mIds, last_key)
+                loader.bind_boxes(*boxes)
+            else:
+                loader = GatherLoader(*role)
+                loader.bind_kv((mK, sK, k_row_bytes), (mV, sV, v_row_bytes), mIds, last_key)
             loader.bind_q(tma_q, mQ, sQ)
-            loader.bind_kv((mK, sK, k_row_bytes), (mV, sV, v_row_bytes), mIds, last_key)
             loader.run()
         else:
             cute.arch.setmaxregister_increase(spec.consumer_registers)
@@ -192,22 +213,3 @@ class FgAttnForwardSm90:
             )
             epilogue = Epilogue(spec, scheduler, tma_o, mO, mLSE, sO, mma_pv, wg_thread, warpgroup_index)
             Consumer(spec, scheduler, mainloop, epilogue).run()
-
-    @cute.jit
-    def exit_unless_poisoned(self, scheduler, mLSE, thread):
-        """Redo pass: end the CTA unless one of its rows was left with LSE = +inf or NaN by a fixed_ref launch.
-
-        Each warp looks at all rows of the CTA, so that nothing is shared.
-        """
-        work = scheduler.fetch(scheduler.item_index(Int32(0)))
-        poisoned = Int32(0)
-        for i in cutlass.range_constexpr(self.spec.tile_m // WARP_THREADS):
-            lane = thread % WARP_THREADS
-            row = scheduler.warp_row(work, 2 * i + lane // WARP_ROWS) + lane % WARP_ROWS
-            if row < work.row_end:
-                lse = mLSE[work.batch, work.head, row]
-                if lse != lse or lse == Float32.inf:
-                    poisoned = Int32(1)
-        found = Int32(cute.arch.vote_any_sync(poisoned != 0))
-        cute.arch.sync_threads()  # no warp stores an LSE before every warp has read them
-        exit_if_zero(found)

@@ -29,17 +29,20 @@ class Positions:
 
     Interleaved: shared row m * G + g holds position m * G + g, so a row's group alone decides where in a segment it is.
 
-    * ``spread``: slice_n divides G or is a multiple of it, while R fits neither way (tile_n 80 with slice_n 8 or 64):
-      one id per row at a constant stride. Found by division instead, they cost 4 % of the M = 192 kernel on an H200.
+    * ``box``: TMA places the segments' rows as they are (kv_loads boxes); nothing expands.
+    * ``spread``: slice_n divides G, while R fits neither way (tile_n 80 with slice_n 2 or 8): one id per row at a
+      constant stride. Found by division instead, they cost 4 % of the M = 192 kernel on an H200.
     """
 
     def __init__(self, spec):
         self.groups, self.rows, seg = spec.row_groups, spec.rows_per_thread, spec.slice_n
-        if self.rows % seg == 0:
+        if spec.kv_loads == "boxes":
+            self.expansion, self.ids_per_thread = "box", 0
+        elif self.rows % seg == 0:
             self.expansion, self.ids_per_thread = "ids", self.rows // seg
         elif seg % self.rows == 0:
             self.expansion, self.ids_per_thread = "one", 1
-        elif seg % self.groups == 0 or self.groups % seg == 0:
+        elif self.groups % seg == 0:
             self.expansion, self.ids_per_thread = "spread", self.rows
         else:
             self.expansion, self.ids_per_thread = "each", self.rows
@@ -47,11 +50,11 @@ class Positions:
     def of_row(self, row: int) -> int:
         """List position inside a tile of shared row ``row``."""
         m, g = divmod(row, self.groups)
-        return row if self.expansion == "spread" else g * self.rows + m
+        return row if self.expansion in ("spread", "box") else g * self.rows + m
 
     def stride(self) -> int:
         """Positions from one group's shared rows to the next group's."""
-        return 1 if self.expansion == "spread" else self.rows
+        return 1 if self.expansion in ("spread", "box") else self.rows
 
 
 class Gather:
@@ -101,12 +104,9 @@ class Gather:
     def spread(self, tile: Int32, m: int, group: Int32) -> tuple:
         """(segment in the list, key inside it) of a thread's m-th row of ``tile``."""
         spec = self.spec
-        line = tile * spec.rows_per_thread + m  # lines of G positions, which segments either split or collect
-        if spec.row_groups % spec.slice_n == 0:
-            mine, within = unsigned_divmod(group, spec.slice_n)
-            return line * (spec.row_groups // spec.slice_n) + mine, within
-        segment, part = unsigned_divmod(line, spec.slice_n // spec.row_groups)
-        return segment, part * spec.row_groups + group
+        mine, within = unsigned_divmod(group, spec.slice_n)
+        line = tile * spec.rows_per_thread + m  # of G positions, which hold G / slice_n segments
+        return line * (spec.row_groups // spec.slice_n) + mine, within
 
     @cute.jit
     def expand(self, rows: cute.Tensor, ids: cute.Tensor, tile: Int32, group: Int32, last_key: Int32):

@@ -88,7 +88,7 @@ class Mainloop:
             self.step(it, last, last, num_keys - last * tile_n, True)
             it += 1
 
-        if const_expr(self.spec.scheduler == "persistent"):
+        if const_expr(self.spec.stages_output):
             self.pipe_q.release(items)
         self.wait_tile(self.pipe_v, it)
         self.multiply_v(it)

@@ -47,7 +47,8 @@ class Edge(NamedTuple):
 def edges(spec) -> tuple:
     """The CTA's channels in the order of their barriers in shared memory."""
     consumer_warps = 4 * spec.consumer_warpgroups
-    copies = WARPGROUP_THREADS  # every producer thread arrives once its own copies have landed
+    # Every producer thread arrives once its own copies have landed, or every warp with its boxes' transaction bytes.
+    copies = spec.box_warps if spec.kv_loads == "boxes" else WARPGROUP_THREADS
     return (
         Edge("q", 1, 1, consumer_warps),
         Edge("k", spec.kv_stages, copies, consumer_warps),
@@ -101,6 +102,18 @@ class Pipe:
     def arrive(self, i: Int32):
         """Producer: this thread's part of item ``i`` is visible."""
         cute.arch.mbarrier_arrive(self.full + self.slot(i))
+
+    @cute.jit
+    def expect(self, i: Int32, num_bytes: cutlass.Constexpr[int]):
+        """Producer warp: TMA will bring ``num_bytes`` more for item ``i``; not an arrival."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_expect_tx(self.full + self.slot(i), num_bytes)
+
+    @cute.jit
+    def arrive_and_expect(self, i: Int32, num_bytes: cutlass.Constexpr[int]):
+        """Producer warp: one arrival, complete when TMA has brought ``num_bytes`` for item ``i``."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.full + self.slot(i), num_bytes)
 
     @cute.jit
     def arrive_when_copied(self, i: Int32):

@@ -10,7 +10,7 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from .spec import WGMMA_ROWS
+from .spec import BOX_ROWS, WGMMA_ROWS
 
 OPERAND_ALIGN_BYTES = 1024  # a 128-byte swizzle atom spans 8 rows, and TMA swizzles by absolute address
 
@@ -37,12 +37,13 @@ def operand_tile(spec, rows: int) -> cute.ComposedLayout:
 
 
 def operand_layouts(spec) -> OperandLayouts:
-    def staged(rows, stages):
-        return cute.tile_to_shape(swizzle_atom(spec), (rows, spec.head_dim, stages), order=(0, 1, 2))
+    def staged(rows, stages, order=(0, 1, 2)):
+        return cute.tile_to_shape(swizzle_atom(spec), (rows, spec.head_dim, stages), order=order)
 
+    eight_row_boxes = spec.kv_loads == "boxes" and spec.box_rows == BOX_ROWS
     return OperandLayouts(
         q=staged(WGMMA_ROWS, spec.consumer_warpgroups),
-        kv=staged(spec.tile_n, spec.kv_stages),
+        kv=staged(spec.tile_n, spec.kv_stages, (1, 0, 2) if eight_row_boxes else (0, 1, 2)),
     )
 
 
@@ -55,6 +56,7 @@ def storage_struct(spec, layouts: OperandLayouts):
     @cute.struct
     class Storage:
         barriers: cute.struct.MemRange[Int64, spec.num_barriers]
+        flags: cute.struct.MemRange[Int32, spec.num_flags]
         sO: operand(out_elements)
         sQ: operand(cute.cosize(layouts.q))
         sK: operand(cute.cosize(layouts.kv))

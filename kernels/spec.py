@@ -6,6 +6,7 @@ implement (``reasons()``); the host owns which spec to pick.
 """
 
 import dataclasses
+import math
 from typing import Optional
 
 DTYPES = ("bf16", "fp16")
@@ -15,6 +16,7 @@ Q_SOURCES = ("smem", "registers")
 SCHEDULERS = ("grid", "persistent")
 REFERENCE_SCALINGS = ("once", "per_tile")
 PROXY_FENCES = ("producer", "consumer")
+KV_LOADS = ("gather", "boxes", "runs")
 
 SMEM_LIMIT_BYTES = 232_448  # opt-in shared memory of one CTA on sm_90 (227 KiB)
 SMEM_PER_SM_BYTES = 233_472  # 228 KiB, of which the driver reserves 1 KiB per resident CTA
@@ -26,6 +28,9 @@ WGMMA_ROWS = 64  # rows of one warpgroup's WGMMA
 WARP_ROWS = 16  # of which each warp owns a quarter
 MAX_UNION_TILE_N = 128  # a thread holds the keep-bits of its columns, a quarter of a tile, in one 32-bit word
 MAX_TILE_N = 256  # WGMMA's largest N
+BOX_ROWS = 8  # rows of a swizzle atom: the smallest box that TMA can place in a tile
+PRODUCER_WARPS = 4
+MAX_REDO_ITEMS = 192  # work items that a CTA of the redo pass looks at: a flag each, in the slack behind the barriers
 ELEMENT_BYTES = 2
 # Live registers of a consumer thread besides S, P, O and Q: addresses, row state, loop counters. Chosen so that every
 # configuration of shared-memory-resident WGMMA that ptxas compiled without a spill passes and every one that spilled
@@ -34,7 +39,7 @@ CONSUMER_OVERHEAD_REGISTERS = 28
 
 # setmaxnreg budgets (consumer, producer) by (consumer warpgroups, CTAs per SM). Every SM sub-partition holds one warp
 # of each warpgroup, so warpgroups * consumer + producer must stay within 512 / CTAs per SM registers of a lane.
-_DEFAULT_REGISTERS = {(1, 1): (240, 56), (2, 1): (224, 56), (3, 1): (160, 32), (1, 2): (200, 56)}
+_DEFAULT_REGISTERS = {(1, 1): (240, 56), (2, 1): (224, 56), (3, 1): (160, 32), (1, 2): (200, 32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class FwdSpec:
     scale_reference: whether fixed_ref multiplies the reference by the softmax scale once or in every tile. The
         result is the same; the code that ptxas makes of it is not (see softmax.py).
     proxy_fence: which role orders the generic-proxy writes of cp.async before the async-proxy reads of WGMMA.
+    kv_loads: how K and V rows come in. "gather" copies every row by cp.async; "boxes" fetches segments by TMA, for
+        slice_n that are multiples of 8; "runs" gathers, but takes a tile of consecutive keys as one TMA box.
     consumer_registers, producer_registers: setmaxnreg targets; None takes the measured default of the warp layout.
     union_blocks: query blocks of the mask that share a CTA and one list, the union of theirs; 1 where a CTA serves one
         block. A block has tile_m / union_blocks rows, and a key counts only for the blocks that keep it.
@@ -75,6 +82,7 @@ class FwdSpec:
     ping_pong: bool = False
     scale_reference: str = "once"
     proxy_fence: str = "producer"
+    kv_loads: str = "gather"
     consumer_registers: Optional[int] = None
     producer_registers: Optional[int] = None
     union_blocks: int = 1
@@ -121,6 +129,30 @@ class FwdSpec:
     def rows_per_thread(self) -> int:
         return self.tile_n // self.row_groups
 
+    # ---- TMA boxes of K and V ---------------------------------------------------------------------------------------
+    @property
+    def box_rows(self) -> int:
+        """Keys of one TMA box: a tile of a run, or what divides both a segment and a tile."""
+        return self.tile_n if self.kv_loads == "runs" else math.gcd(self.slice_n, self.tile_n)
+
+    @property
+    def box_atoms(self) -> int:
+        """Swizzle atoms of a row that one box spans.
+
+        All of them where a tile's layout lets the box be contiguous: a whole tile, or 8 rows, for which the atoms of a
+        row lie side by side. One otherwise, because WGMMA wants the 8-row groups at one stride.
+        """
+        return self.atoms_per_row if self.box_rows in (BOX_ROWS, self.tile_n) else 1
+
+    @property
+    def boxes_per_tile(self) -> int:
+        return self.tile_n // self.box_rows
+
+    @property
+    def box_warps(self) -> int:
+        """Producer warps that issue boxes, the same number each."""
+        return next(warps for warps in range(PRODUCER_WARPS, 0, -1) if self.boxes_per_tile % warps == 0)
+
     @property
     def q_box_rows(self) -> int:
         """Rows of Q that one TMA box brings: blocks of a union need not be neighbours."""
@@ -132,10 +164,15 @@ class FwdSpec:
         """Q full and empty, and K and V full and empty for each stage."""
         return 2 + 4 * self.kv_stages
 
+    @property
+    def num_flags(self) -> int:
+        """Work items of a CTA that the redo pass has a flag for."""
+        return MAX_REDO_ITEMS if self.redo else 0
+
     def smem_bytes(self) -> int:
         """Shared memory of one CTA in bytes, as the kernel lays it out (operands aligned to 1024 bytes)."""
         align = 1024
-        header = -(-8 * self.num_barriers // align) * align
+        header = -(-(8 * self.num_barriers + 4 * self.num_flags) // align) * align
         q = self.tile_m * self.head_dim * ELEMENT_BYTES
         kv_stage = -(-self.tile_n * self.head_dim * ELEMENT_BYTES // align) * align
         out = q if self.stages_output else 0
@@ -143,8 +180,9 @@ class FwdSpec:
 
     @property
     def stages_output(self) -> bool:
-        """A persistent CTA loads the next Q while it stores O, so O needs slabs of its own."""
-        return self.scheduler == "persistent"
+        """A persistent CTA loads the next Q while it stores O, so O needs slabs of its own; not in the redo pass, whose
+        items are rare."""
+        return self.scheduler == "persistent" and not self.redo
 
     def register_estimate(self) -> int:
         """Estimated registers of a consumer thread: S fp32, P 16-bit, O fp32, Q if it is held, and the rest."""
@@ -175,6 +213,7 @@ class FwdSpec:
             ("scheduler", self.scheduler, SCHEDULERS),
             ("scale_reference", self.scale_reference, REFERENCE_SCALINGS),
             ("proxy_fence", self.proxy_fence, PROXY_FENCES),
+            ("kv_loads", self.kv_loads, KV_LOADS),
             ("tile_m", self.tile_m, (64, 128, 192)),
             ("ctas_per_sm", self.ctas_per_sm, (1, 2)),
         ):
@@ -200,12 +239,20 @@ class FwdSpec:
                 f"a union needs tile_n {4 * self.row_groups} or {8 * self.row_groups}, at most {MAX_UNION_TILE_N}, "
                 f"not {self.tile_n}: a thread's keep-bits are whole bytes of the plan's",
             )
+        if self.kv_loads != "gather":
+            need(
+                self.kv_loads == "runs" or self.box_rows % BOX_ROWS == 0,
+                f"kv_loads boxes needs a slice_n and a tile_n that share a factor of {BOX_ROWS}, "
+                f"not {self.slice_n} and {self.tile_n}",
+            )
+            need(self.union_blocks == 1, f"kv_loads {self.kv_loads} has no order of keys that a union's keep-bits fit")
+            need(self.proxy_fence == "producer", f"kv_loads {self.kv_loads} has no fence on the consumer's side")
         need(
             not (self.softmax == "fixed_ref" and self.dtype == "fp16"),
             "softmax fixed_ref needs the exponent range of bf16; fp16 takes softmax exact",
         )
         need(not (self.redo and self.softmax != "exact"), "the redo pass takes softmax exact")
-        need(not (self.redo and self.scheduler != "grid"), "the redo pass takes scheduler grid")
+        need(not (self.redo and self.scheduler != "persistent"), "the redo pass takes scheduler persistent")
         need(not (self.ping_pong and self.consumer_warpgroups == 1), "ping_pong needs two consumer warpgroups or more")
         if self.consumer_registers is None or self.producer_registers is None:
             why.append(
@@ -242,7 +289,13 @@ class FwdSpec:
     def redo_spec(self) -> "FwdSpec":
         """The kernel that recomputes the rows a fixed_ref launch has poisoned."""
         return dataclasses.replace(
-            self, softmax="exact", scheduler="grid", q_source="smem", ping_pong=False, scale_reference="once", redo=True
+            self,
+            softmax="exact",
+            scheduler="persistent",
+            q_source="smem",
+            ping_pong=False,
+            scale_reference="once",
+            redo=True,
         )
 
     @property
@@ -258,5 +311,6 @@ class FwdSpec:
         parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
         parts += ["tscale"] * (self.scale_reference == "per_tile")
         parts += [f"u{self.union_blocks}"] * (self.union_blocks > 1)
+        parts += [self.kv_loads] * (self.kv_loads != "gather")
         parts += ["cfence"] * (self.proxy_fence == "consumer") + ["redo"] * self.redo
         return "_".join(parts)

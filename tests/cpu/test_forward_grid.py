@@ -64,8 +64,10 @@ GROUPS = (
     ("fp16", 256, 128, 5, None),
 )
 
-# What no preset has: the fence on the consumer's side, three stages, and combinations of the other switches.
+# What no preset has: the gather where boxes could serve, the consumer's fence, and combinations of the switches.
 VARIANTS = (
+    ("bf16", 64, 64, 64, FwdSpec(head_dim=64, tile_m=64, tile_n=128, slice_n=64)),
+    ("bf16", 64, 64, 100, FwdSpec(head_dim=64, tile_m=64, tile_n=64, slice_n=100)),
     ("bf16", 64, 64, 1, FwdSpec(head_dim=64, tile_m=64, tile_n=64, kv_stages=3, scheduler="persistent")),
     (
         "bf16",
@@ -151,8 +153,7 @@ def expansion_of(spec):
     compiler._import_dsl()  # tells the DSL its architecture, before the kernel's file imports it
     from fgattn_cute.kernels.gather import Positions
 
-    how = Positions(spec).expansion
-    return f"{how}, {'split' if spec.slice_n <= spec.row_groups else 'joined'} lines" if how == "spread" else how
+    return Positions(spec).expansion
 
 
 def facts_of(case):
@@ -184,7 +185,7 @@ def test_the_groups_reach_every_branch():
     table = [case for number, group in enumerate(ALL_GROUPS) for case in cases(number, *group)]
     for case in table:
         seen.update(facts_of(case))
-    ways = ("ids", "one", "each", "spread, split lines", "spread, joined lines")
+    ways = ("ids", "one", "each", "spread", "box")
     want = {("tiles", n, how) for n in range(4) for how in ways}
     want |= set(itertools.product(("tiles",), range(4), ("grid", "persistent"), ("fixed_ref", "exact")))
     want |= set(itertools.product(("tail",), ("1", "tile - 1", "tile", "other"), ("fixed_ref", "exact")))
@@ -202,8 +203,8 @@ def test_the_groups_reach_every_branch():
     want |= {("items per CTA", "several", "with empty ones"), ("items per CTA", "several", "all full")}
     # Rows per thread of the presets' tiles (tile_n 80, 128, 96, 64; at D = 96 of 96 and 128): what slice_n meets.
     want |= {("expansion", "ids", r) for r in (3, 4, 5, 6, 8)} | {("expansion", "each", r) for r in (3, 4, 5, 8)}
-    want |= {("expansion", "one", r) for r in (4, 5, 8)} | {("expansion", "spread, split lines", r) for r in (3, 5)}
-    want |= {("expansion", "spread, joined lines", r) for r in (5, 6)}
+    want |= {("expansion", "one", r) for r in (4, 5, 8)} | {("expansion", "spread", r) for r in (3, 5)}
+    want |= {("expansion", "box", r) for r in (4, 5, 6, 8)}
     assert not want - seen, f"no case reaches {sorted(want - seen, key=str)}"
 
 

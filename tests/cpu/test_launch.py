@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fgattn_cute import launch
-from fgattn_cute.kernels.spec import FwdSpec
+from fgattn_cute.kernels.spec import MAX_REDO_ITEMS, FwdSpec
 from fgattn_cute.mask import SliceMask
 from fgattn_cute.plan import Plan
 
@@ -76,6 +76,13 @@ def test_persistent_grid_stops_at_what_the_gpu_holds():
     assert launch.grid_size(FwdSpec(head_dim=64, tile_m=192), 7, 200, 132) == 14, "a partial tile is a CTA"
 
 
+def test_the_redo_pass_has_a_flag_for_every_item():
+    spec = FwdSpec(head_dim=64, tile_m=64, ctas_per_sm=2)
+    assert launch.redo_grid_size(spec, 10, 64, 132) == 10
+    assert launch.redo_grid_size(spec, 1000, 128, 132) == 264
+    assert launch.redo_grid_size(spec, 264 * MAX_REDO_ITEMS + 1, 64, 132) == 265
+
+
 def test_redo_runs_after_the_kernel_unless_a_bound_rules_it_out(plan):
     q, k, v = tensors()
     spec = FwdSpec(head_dim=D, tile_m=128, tile_n=64, scheduler="persistent")
@@ -83,7 +90,7 @@ def test_redo_runs_after_the_kernel_unless_a_bound_rules_it_out(plan):
     launch._launch(l, q, k, v, plan, 1.0, None, 1)
     (first,), (second,) = l.kernel.calls, l.redo.calls
     assert all(a is b for a, b in zip(first[:7], second[:7], strict=True)), "the same tensors"
-    assert first[10] == 1 and second[10] == B * HEADS * BLOCKS, "the redo pass is a plain grid"
+    assert first[10] == second[10] == 1
     launch._launch(l, q, k, v, plan, 1.0, 2.0, 1)
     assert len(l.kernel.calls) == 2 and len(l.redo.calls) == 1
 

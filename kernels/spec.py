@@ -39,7 +39,7 @@ CONSUMER_OVERHEAD_REGISTERS = 28
 
 # setmaxnreg budgets (consumer, producer) by (consumer warpgroups, CTAs per SM). Every SM sub-partition holds one warp
 # of each warpgroup, so warpgroups * consumer + producer must stay within 512 / CTAs per SM registers of a lane.
-_DEFAULT_REGISTERS = {(1, 1): (240, 56), (2, 1): (224, 56), (3, 1): (160, 32), (1, 2): (200, 32)}
+_DEFAULT_REGISTERS = {(1, 1): (240, 56), (2, 1): (224, 56), (3, 1): (160, 32), (1, 2): (200, 56)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,9 +287,14 @@ class FwdSpec:
 
     # ---- derived specs --------------------------------------------------------------------------------------------
     def redo_spec(self) -> "FwdSpec":
-        """The kernel that recomputes the rows a fixed_ref launch has poisoned."""
+        """The kernel that recomputes the rows a fixed_ref launch has poisoned.
+
+        With one consumer warpgroup its producer has the default registers: 32 would spill.
+        """
+        registers = {} if self.consumer_warpgroups > 1 else {"consumer_registers": None, "producer_registers": None}
         return dataclasses.replace(
             self,
+            **registers,
             softmax="exact",
             scheduler="persistent",
             q_source="smem",

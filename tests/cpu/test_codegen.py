@@ -95,8 +95,8 @@ def check(spec):
     assert {name: cubin.count(instructions, name) for name in expected} == expected
     assert facts["stack_bytes"] == 0
 
-    # The producer may sleep while it waits; its code ends where the consumers take registers. They must not. Of the redo
-    # pass, which hardly ever runs, ptxas may put the producer's code last.
+    # The producer may sleep while it waits; its code ends where the consumers take registers. They must not. In the
+    # redo pass, which hardly ever runs, ptxas may put the producer last.
     consumers = instructions[instructions.index("USETMAXREG.TRY_ALLOC.CTAPOOL") :]
     assert spec.redo or cubin.count(consumers, "NANOSLEEP") == 0
     assert cubin.count(consumers, "HGMMA") == expected["HGMMA"]

@@ -45,7 +45,7 @@ def test_keeping_everything_is_the_dense_model(slice_m, tile):
     assert distance(out, dense) < 2**-7, "both round to bfloat16, whose unit roundoff is 2^-9, a few times per layer"
 
 
-@pytest.mark.parametrize("options", [{"density": 0.2}, {"tau": 1e-3}, {"top_p": 0.8}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize("options", [{"density": 0.05}, {"tau": 1e-3}, {"top_p": 0.3}], ids=lambda o: next(iter(o)))
 def test_the_kernel_agrees_with_the_reference(options):
     """One layer, whose masks are found from the same queries and keys."""
     model, arguments, results = wan(layers=1), inputs(), {}

@@ -15,6 +15,7 @@ import importlib
 _FROM = {
     "attention": "api",
     "autotune": "tuner",
+    "best_plan": "plan_choice",
     "explain": "api",
     "Explanation": "explanation",
     "SliceMask": "mask",
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "attention",
     "autotune",
+    "best_plan",
     "convert",
     "emulator",
     "explain",

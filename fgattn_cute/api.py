@@ -17,13 +17,15 @@ from .explanation import Explanation
 from .kernels.spec import FwdSpec
 from .mask import SliceMask
 from .plan import Plan
+from .plan_choice import OWN, choose
 from .problem import Problem
 from .select import Choice, select
-from .unions import UnionPlan
+from .unions import UnionPlan, rows_for
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
 
 _PLAN_OF_MASK = "_plan"  # attribute of a mask that holds its plan: it lives and dies with the mask
+_BEST_OF_MASK = "_best_plans"  # the same, of the plans that were chosen for calls
 
 
 def attention(
@@ -46,7 +48,9 @@ def attention(
         q: (batch, seqlen_q, heads, head_dim), bfloat16 or float16, head_dim 64, 96, 128 or 256. Any strides with the
             last dimension contiguous and rows on 16 bytes.
         k, v: (batch, seqlen_k, kv_heads, head_dim), heads a multiple of kv_heads.
-        plan: the lists. A SliceMask is turned into a plan once and remembered as long as the mask lives.
+        plan: the lists. A SliceMask is turned into a plan once and remembered as long as the mask lives; where its
+            blocks could share lists (slice_m 16, 32, 48, 64, 96), a kernel runs and no spec is named, into the one that
+            the cost model expects to be fastest, as ``best_plan`` does.
         scale: factor on q.k, at least 0; None means head_dim ** -0.5.
         return_lse: also return the logarithm of the sum of exponentials.
         layout: "bshd", or "bhsd" for (batch, heads, seqlen, head_dim) tensors; no copies either way.
@@ -69,7 +73,7 @@ def attention(
         CompileError: the kernel could not be compiled.
     """
     if isinstance(plan, SliceMask):
-        plan = _plan_of(plan)
+        plan = _plan_for(plan, q, k, v, layout, backend, spec, checks)
     if torch.compiler.is_compiling():
         from . import ops
 
@@ -160,7 +164,8 @@ def explain(
     """Which kernel ``attention`` would run on these inputs, and why. Compiles and launches nothing.
 
     Args:
-        q, k, v, plan, layout, spec, scale: as for ``attention``. Reads the plan's density back from the device.
+        q, k, v, plan, layout, spec, scale: as for ``attention``. Reads the plan's density back from the device. Of a
+            SliceMask whose blocks could share lists, also what every kind of plan is expected to take.
         gpu: by default the GPU of the tensors, or the one that FGATTN_GPU names; a generic Hopper on a CPU.
 
     Returns:
@@ -170,14 +175,19 @@ def explain(
         InputError, PlanError: the inputs are not rank-4 tensors and a plan, or the spec does not fit them.
         UnsupportedError: no kernel runs on the GPU.
     """
-    if isinstance(plan, SliceMask):
-        plan = _plan_of(plan)
-    problem = _checks.check(q, k, v, plan, layout=layout, level="off")
-    if gpu is None:
+    plans = None
+    if gpu is None and isinstance(q, torch.Tensor):
         gpu = _gpu.current(q.device) if q.device.type == "cuda" else _gpu.assumed()
+    if isinstance(plan, SliceMask):
+        mask = plan
+        problem = _checks.check(q, k, v, mask, layout=layout, level="off")
+        if spec is None and rows_for(mask.slice_m) and not _checks.reasons(problem, q, k, v, mask, scale):
+            plans = choose(mask, problem, gpu, coarser=True)
+        plan = _plan_of(mask) if plans is None else plans.plan(mask)
+    problem = _checks.check(q, k, v, plan, layout=layout, level="off")
     refused = _checks.reasons(problem, q, k, v, plan, scale)
     choice = None if refused else select(problem, gpu, spec)
-    return Explanation.of(problem, gpu, choice, plan.density, refused, plan)
+    return Explanation.of(problem, gpu, choice, plan.density, refused, plan, plans)
 
 
 def pick_backend(q, k, v, plan, backend: str) -> str:
@@ -232,8 +242,23 @@ def _check_bound(logit_bound) -> None:
         raise InputError(f"logit_bound {logit_bound} is not a finite number of at least 0 (nats)")
 
 
+def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | UnionPlan:
+    """The mask's plan for a call: the best where a kernel runs and blocks could share lists, else lists of its own."""
+    on_kernel = backend == "emulator" or (isinstance(q, torch.Tensor) and q.is_cuda and backend != "reference")
+    if spec is not None or not on_kernel or not rows_for(mask.slice_m) or torch.compiler.is_compiling():
+        return _plan_of(mask)
+    problem = _checks.check(q, k, v, mask, layout=layout, level=checks)
+    gpu = _gpu.assumed() if backend == "emulator" else _gpu.current(q.device)
+    best = vars(mask).setdefault(_BEST_OF_MASK, {})
+    key = (problem.batch, problem.heads, problem.head_dim, problem.dtype, gpu, *settings.choosing())
+    if key not in best:
+        plans = choose(mask, problem, gpu)
+        best[key] = _plan_of(mask) if plans.chosen == OWN else plans.plan(mask)
+    return best[key]
+
+
 def _plan_of(mask: SliceMask) -> Plan:
-    """The mask's plan, made on first use and kept as long as the mask."""
+    """The lists of the mask's blocks, made on first use and kept as long as the mask."""
     if torch.compiler.is_compiling():
         raise UnsupportedError(
             "a SliceMask inside torch.compile: making its plan reads a number back from the device\n"

@@ -348,6 +348,9 @@ def explain(
     slice_m: Annotated[int, typer.Option(min=1, help="Queries of a slice.")] = 128,
     slice_n: Annotated[int, typer.Option(min=1, help="Keys of a slice.")] = 1,
     density: Annotated[float, typer.Option(min=0, max=1, help="Kept fraction of the pairs.")] = 0.3,
+    union_factor: Annotated[
+        float, typer.Option(help="Of blocks that share a list (slice_m 16 to 96): weigh unions; 0 leaves them out.")
+    ] = 0.0,
     gpu: Annotated[str, typer.Option(help="File of configs/ without .yaml; by default this machine's GPU.")] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -358,6 +361,7 @@ def explain(
     from fgattn_cute.checks import check
     from fgattn_cute.explanation import Explanation
     from fgattn_cute.mask import SliceMask
+    from fgattn_cute.plan_choice import price, ways
     from fgattn_cute.select import select
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -369,8 +373,16 @@ def explain(
     mask = SliceMask.empty(slice_m=slice_m, slice_n=slice_n, seqlen_q=seqlen, seqlen_k=seqlen_k, device="meta")
     problem = check(q, k, k, mask)
     chosen_for = gpus.from_config(gpu) if gpu else gpus.current() if torch.cuda.is_available() else gpus.assumed()
+    plans = None
+    if union_factor:
+        if union_factor < 1:
+            raise typer.BadParameter("pairs computed over pairs kept are at least 1", param_hint="--union-factor")
+        kinds = ways(slice_m, slice_n, coarser=False)
+        plans = price(problem, chosen_for, density, {way: union_factor if way.blocks > 1 else 1.0 for way in kinds})
+        problem = dataclasses.replace(problem, union_blocks=next(w.blocks for w in kinds if w.name == plans.chosen))
     choice = select(problem, chosen_for)
-    explained = Explanation.of(problem, chosen_for, choice, density, refused=())
+    factor = union_factor if problem.union_blocks > 1 else 1.0
+    explained = Explanation.of(problem, chosen_for, choice, density, refused=(), plans=plans, union_factor=factor)
     if as_json:
         print_json(explained.as_dict())
     else:

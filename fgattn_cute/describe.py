@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 
 from fgattn_cute import bits as _bits
+from fgattn_cute import orders
 from fgattn_cute.compaction import LIST_ALIGN, PLAN_SLACK, align_up
 from fgattn_cute.mask import SliceMask, blocks_of
+from fgattn_cute.unions import rows_for
 
 # Cost of a list relative to dense attention: (keys + OVERHEAD_KEYS) / (rate * seqlen_k). The rates are packed FLOP
 # rates against dense FA4 on full lists and the overhead fits lists of 4900 to 23000 keys (one H200, head_dim 128, bf16,
@@ -39,8 +41,9 @@ def describe_mask(mask: SliceMask, q=None, k=None, lse=None, **options) -> Descr
         slices, seqlen, batch, heads; density and the range of it over heads; kept_mass (with q and k);
         keys_per_block, the quantiles over query blocks; empty_blocks and full_blocks; imbalance, the longest list
         over the mean one; runs_per_block and run_length_share, the share of kept slices that stand in runs of at
-        least so many; bytes_as_bits and bytes_as_lists; estimated_speedup over dense attention and
-        break_even_density, at which that is 1.
+        least so many; union_factors (slice_m 16 to 96), by the rows of a CTA that neighbouring blocks would share:
+        pairs that it computes over pairs kept; bytes_as_bits and bytes_as_lists; estimated_speedup over dense
+        attention and break_even_density, at which that is 1.
     """
     keys = mask.kept_keys().double()
     pairs = mask.kept_pairs().double() / (mask.seqlen_q * mask.seqlen_k)
@@ -67,6 +70,11 @@ def describe_mask(mask: SliceMask, q=None, k=None, lse=None, **options) -> Descr
     mean = float(flat.mean())
     facts["imbalance"] = float(flat.max()) / mean if mean else 1.0
     facts |= _runs(mask)
+    kept = int(mask.kept_pairs().sum())
+    stands = orders.sequence(mask.blocks_q, mask.device)
+    shared = {f"{rows} rows": int(orders.union_pairs(mask, stands, rows).sum()) for rows in rows_for(mask.slice_m)}
+    if shared and kept:
+        facts["union_factors"] = {name: pairs / kept for name, pairs in shared.items()}
     lists = int(align_up(mask.kept_slices(), LIST_ALIGN).sum()) + PLAN_SLACK
     facts["bytes_as_bits"] = mask.nbytes
     facts["bytes_as_lists"] = 4 * lists + 12 * flat.numel()
@@ -82,6 +90,15 @@ def describe_plan(plan) -> Description:
     facts["bytes_as_lists"] = plan.nbytes
     facts["capacity_ids"] = plan.capacity
     facts["overflow"] = plan.overflow is not None and bool(plan.overflow)
+    return facts
+
+
+def describe_union_plan(plan) -> Description:
+    """Facts of a union plan's mask, with the factor of its own unions, their size and the plan's own memory."""
+    facts = describe_mask(plan.to_mask())
+    facts["blocks_of_a_union"] = plan.union_blocks
+    facts["union_factor"] = plan.union_factor
+    facts["bytes_as_lists"] = plan.nbytes
     return facts
 
 

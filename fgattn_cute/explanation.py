@@ -8,6 +8,7 @@ import dataclasses
 from . import roofline
 from .gpu import Gpu
 from .launch import ctas_per_block, grid_size
+from .plan_choice import PlanChoice
 from .problem import Problem
 from .select import Choice, RunnerUp, facts_for, rows_computed, runners_up
 
@@ -22,6 +23,8 @@ class Explanation:
     row_efficiency: rows of a query block over the rows that its CTAs compute.
     grid: CTAs of the launch.
     prediction: what the cost model expects of the kernel; ``runners_up_tflops`` the same of each runner-up, packed.
+    union_factor: pairs that unions compute over pairs kept; 1 without unions.
+    plans: the kinds of plan that the mask could have, which was taken and why; None where a plan was given.
     """
 
     problem: Problem
@@ -36,14 +39,32 @@ class Explanation:
     grid: int | None
     prediction: roofline.Prediction | None
     runners_up_tflops: tuple[float, ...]
+    union_factor: float = 1.0
+    plans: PlanChoice | None = None
 
     @classmethod
-    def of(cls, problem: Problem, gpu: Gpu, choice: Choice | None, density: float, refused, plan=None) -> Explanation:
-        """Explains a choice. plan: whose lists are priced; without one every list keeps ``density`` of the keys."""
+    def of(
+        cls,
+        problem: Problem,
+        gpu: Gpu,
+        choice: Choice | None,
+        density: float,
+        refused,
+        plan=None,
+        plans: PlanChoice | None = None,
+        union_factor: float = 1.0,
+    ) -> Explanation:
+        """Explains a choice.
+
+        Args:
+            plan: whose lists are priced; without one every block keeps ``density`` of the keys and unions have a
+                factor of ``union_factor``.
+            plans: how the plan was chosen, where it was.
+        """
         effective = problem.effective_flops()
         spec = choice.spec if choice else None
         others = () if choice is None else tuple(runners_up(problem, gpu, spec))
-        predict = _predictor(problem, gpu, density, plan)
+        predict = _predictor(problem, gpu, density, plan, union_factor)
         items = problem.batch * problem.heads * -(-problem.blocks_q // problem.union_blocks)
         rows = problem.rows
         return cls(
@@ -59,6 +80,8 @@ class Explanation:
             grid=grid_size(spec, items, problem.slice_m, gpu.sms) if spec else None,
             prediction=predict(spec) if spec else None,
             runners_up_tflops=tuple(predict(other.spec).packed_tflops for other in others),
+            union_factor=getattr(plan, "union_factor", union_factor),
+            plans=plans,
         )
 
     def as_dict(self) -> dict:
@@ -70,7 +93,10 @@ class Explanation:
             "density": self.density,
             "packed_flops": self.packed_flops,
             "effective_flops": self.effective_flops,
+            "union_factor": self.union_factor,
         }
+        if self.plans is not None:
+            found["plans"] = dataclasses.asdict(self.plans)
         if self.choice is not None:
             spec = self.choice.spec
             found["choice"] = {
@@ -103,6 +129,11 @@ class Explanation:
             f"work      density {self.density:.4g}: {_flops(self.packed_flops)} packed, "
             f"{_flops(self.effective_flops)} effective (dense)"
         )
+        if self.problem.union_blocks > 1:
+            lines.append(f"unions    factor {self.union_factor:.2f}: pairs computed over pairs kept")
+        if self.plans is not None:
+            texts = [f"{self.plans.chosen}: {self.plans.why}", *map(str, self.plans.options)]
+            lines.append("plan      " + "\n          ".join(texts))
         if self.runners_up:
             others = zip(self.runners_up, self.runners_up_tflops, strict=True)
             texts = [f"{r.preset_id}: {r.why}; model {tflops:.0f} TFLOPS" for r, tflops in others]
@@ -138,10 +169,13 @@ class Explanation:
         )
 
 
-def _predictor(problem: Problem, gpu: Gpu, density: float, plan):
+def _predictor(problem: Problem, gpu: Gpu, density: float, plan, union_factor: float):
     """spec -> Prediction for the problem's lists, which are read once."""
     facts = facts_for(gpu)
-    work = roofline.Workload.uniform(problem, density) if plan is None else roofline.Workload.of(problem, plan)
+    if plan is None:
+        work = roofline.Workload.uniform(problem, density, union_factor=union_factor)
+    else:
+        work = roofline.Workload.of(problem, plan)
     return lambda spec: roofline.predict(spec, facts, work)
 
 

@@ -128,22 +128,23 @@ def _greedy(sketch: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat(order, -1)
 
 
-def union_slices(mask: SliceMask, order: torch.Tensor, rows: int) -> torch.Tensor:
-    """Slices that the lists of all unions hold: int64 (batch, heads), on the mask's device.
+def union_pairs(mask: SliceMask, order: torch.Tensor, rows: int) -> torch.Tensor:
+    """(query, key) pairs that unions compute, kept by a block or not: int64 (batch, heads), on the mask's device.
 
     Args:
         order: (blocks_q,) or (batch, heads, blocks_q).
+        rows: query rows that share a list, a multiple of slice_m.
     """
     size = rows // mask.slice_m
     order = order.to(mask.device).expand(*mask.bits.shape[:2], -1)
     short = blocks_of(mask.blocks_q, size) * size - mask.blocks_q
-    total = torch.zeros(mask.bits.shape[:2], dtype=torch.int64, device=mask.device)
+    pairs = []
     for head in range(mask.heads):  # a head at a time: this copies its bits
         index = order[:, head, :, None].expand(-1, -1, mask.bits.shape[-1])
         words = torch.nn.functional.pad(mask.bits[:, head].gather(1, index), (0, 0, 0, short))
-        parts = words.unflatten(1, (-1, size)).unbind(2)
-        total[:, head] = _bits.count(functools.reduce(torch.bitwise_or, parts)).sum(-1)
-    return total
+        union = functools.reduce(torch.bitwise_or, words.unflatten(1, (-1, size)).unbind(2))
+        pairs.append(SliceMask(union[:, None], **{**mask.geometry, "slice_m": rows}).kept_pairs())
+    return torch.cat(pairs, 1)
 
 
 def cheapest(mask: SliceMask, candidates: list[torch.Tensor], rows: int) -> torch.Tensor:
@@ -157,5 +158,5 @@ def cheapest(mask: SliceMask, candidates: list[torch.Tensor], rows: int) -> torc
     """
     shape = (*mask.bits.shape[:2], mask.blocks_q)
     orders = torch.stack([order.to(mask.device).expand(shape) for order in candidates])
-    best = torch.stack([union_slices(mask, order, rows) for order in candidates]).argmin(0)
+    best = torch.stack([union_pairs(mask, order, rows) for order in candidates]).argmin(0)
     return orders.gather(0, best[None, ..., None].expand(1, *shape))[0]

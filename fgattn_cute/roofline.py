@@ -393,6 +393,8 @@ def makespan(costs: list[float], slots: int) -> float:
     """When the last CTA ends, with the heaviest first and each slot taking the next as it becomes free."""
     if not costs:
         return 0.0
+    if min(costs) == max(costs):
+        return -(-len(costs) // slots) * costs[0]
     if len(costs) > EXACT_SIMULATION_ITEMS:  # many small steps: the unevenness at the end is half of one
         return max(sum(costs) / slots + max(costs) / 2, max(costs))
     ends = [0.0] * min(slots, len(costs))

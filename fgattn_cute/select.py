@@ -74,6 +74,10 @@ def select(problem: Problem, gpu: Gpu, spec: FwdSpec | str | None = None) -> Cho
     if spec is not None:
         return _explicit(problem, gpu, spec)
     ranked = _ranked(problem, files_for(gpu))
+    if not ranked:
+        asked = [problem.describe(), f"{problem.union_blocks} blocks to a union"]
+        why_not = [f"no preset has a tile of {problem.rows} rows that unions can use"]
+        raise UnsupportedError(refusal("no kernel serves these unions", asked, why_not, "Plan.from_mask(mask)"))
     found = None if ranked[0][0].source == "user" else tuned.find(problem, gpu)
     return ranked[0][0] if found is None else _tuned(*found)
 

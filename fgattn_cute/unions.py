@@ -167,6 +167,12 @@ class UnionPlan:
         kept = self.density
         return self.lists.density / kept if kept else 1.0
 
+    def describe(self):
+        """What the plan keeps, shares and costs, as a printable mapping; see ``fgattn_cute.describe``."""
+        from fgattn_cute.describe import describe_union_plan
+
+        return describe_union_plan(self)
+
     def validate(self) -> list[str]:
         """What is wrong with the stored lists, one sentence each. Reads them back."""
         return self.lists.validate()

@@ -49,11 +49,12 @@ def test_similar_finds_shuffled_groups_again(slice_m):
     assert fg.UnionPlan.from_mask(shuffled, "similar").union_factor == pytest.approx(1.5, rel=0.02)
 
 
-def test_union_slices_are_what_the_lists_hold():
+def test_union_pairs_are_what_the_lists_hold():
     mask = pool_mask(32, 1.5, seqlen=500, heads=3, density=0.3)
     order = torch.stack([torch.randperm(mask.blocks_q) for _ in range(3)])[None]
     lists = fg.UnionPlan.from_mask(mask, order).lists
-    assert torch.equal(orders.union_slices(mask, order, 128), lists.counts().sum(-1))
+    rows = torch.tensor([128, 128, 128, 500 - 3 * 128])
+    assert torch.equal(orders.union_pairs(mask, order, 128), (lists.keys * rows).sum(-1))
 
 
 def test_the_cheapest_is_chosen_head_by_head():
@@ -63,7 +64,7 @@ def test_the_cheapest_is_chosen_head_by_head():
     heads = [temporal(video, **sizes), spatial(video, **sizes)]
     mask = dataclasses.replace(heads[0], bits=torch.cat([m.bits for m in heads], 1))
     asked = [orders.sequence(mask.blocks_q), orders.neighbours(video, 16, 128)]
-    held = [orders.union_slices(mask, order, 128)[0] for order in asked]
+    held = [orders.union_pairs(mask, order, 128)[0] for order in asked]
     assert held[1][0] < held[0][0] and held[0][1] < held[1][1]
     best = orders.cheapest(mask, asked, 128)
     assert torch.equal(best[0, 0], asked[1]) and torch.equal(best[0, 1], asked[0])

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which plan a mask gets: what has been measured faster, always exact, and with a reason."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fgattn_cute as fg
+from fgattn_cute import api, emulator, plan_choice
+from fgattn_cute.gpu import from_config
+from fgattn_cute.plan_choice import OWN, choose, price, ways
+from perf.roofline import problem
+from perf.unions import pool_mask
+
+H200 = from_config("h200")
+SIZES = {"seqlen": 3072, "heads": 11}  # 264 unions of 128 rows: two for each SM
+PEERS = Path(__file__).parents[2] / "perf" / "results" / "h200" / "2026-11-23-peers.jsonl"
+
+
+def measured():
+    """(slice_m, slice_n, density) -> milliseconds with own lists and with unions, of random masks on an H200."""
+    found = {}
+    for line in PEERS.read_text().splitlines():
+        record = json.loads(line)
+        if record.get("provider") in ("ours", "ours-union") and "median_ms" in record:
+            case = (record["slice_m"], record["slice_n"], record["density"])
+            found.setdefault(case, {})[record["provider"]] = record["median_ms"]
+    return {case: (times["ours"], times["ours-union"]) for case, times in found.items() if len(times) == 2}
+
+
+@pytest.mark.parametrize(("case", "times"), measured().items(), ids=str)
+def test_the_choice_is_what_was_measured_faster(case, times):
+    """A union of n random blocks holds 1 - (1 - d)^n of the keys."""
+    slice_m, slice_n, density = case
+    factors = {w: (1 - (1 - density) ** w.blocks) / density for w in ways(slice_m, slice_n, coarser=False)}
+    asked = problem(16384, 24, 128, slice_m, slice_n)
+    found = price(asked, H200, density, {w: f for w, f in factors.items() if w.rows != 192})
+    own, union = times
+    assert (found.chosen != OWN) == (union < own)
+    priced = {option.name: 1e3 * option.seconds for option in found.options}
+    assert priced[OWN] == pytest.approx(own, rel=0.2)
+    assert priced["unions of 128 rows"] == pytest.approx(union, rel=0.15)
+
+
+def test_there_is_something_to_hold_the_choice_against():
+    assert {(16, 1, 0.3), (16, 1, 0.1), (32, 1, 0.3), (64, 1, 0.3)} <= measured().keys()
+
+
+@pytest.mark.parametrize(("slice_m", "factor", "kind"), [(16, 1.2, fg.UnionPlan), (64, 1.5, fg.Plan)])
+def test_best_plan_follows_the_masks_own_factor(slice_m, factor, kind):
+    mask = pool_mask(slice_m, factor, **SIZES, density=0.25)
+    plan = fg.best_plan(mask, gpu=H200)
+    assert type(plan) is kind and plan.to_mask() == mask
+
+
+def test_an_order_can_make_unions_worth_it():
+    mask = pool_mask(32, 1.2, **SIZES, density=0.25)
+    blocks = torch.randperm(mask.blocks_q)
+    mask = dataclasses.replace(mask, bits=mask.bits[:, :, blocks].contiguous())
+    assert type(fg.best_plan(mask, gpu=H200)) is fg.Plan
+    plan = fg.best_plan(mask, gpu=H200, order="similar")
+    assert type(plan) is fg.UnionPlan and plan.union_factor == pytest.approx(1.2, rel=0.02)
+    assert type(fg.best_plan(mask, gpu=H200, order=blocks.argsort())) is fg.UnionPlan
+
+
+@pytest.mark.parametrize("slice_m", [80, 128, 192, 320])
+def test_blocks_that_cannot_share_get_lists_of_their_own(slice_m):
+    mask = fg.SliceMask.full(slice_m=slice_m, slice_n=1, seqlen_q=700, seqlen_k=100)
+    assert type(fg.best_plan(mask, gpu=H200)) is fg.Plan
+
+
+def test_an_empty_mask_and_a_head_dim_without_wide_unions():
+    empty = fg.SliceMask.empty(slice_m=16, slice_n=1, seqlen_q=100, seqlen_k=100)
+    assert fg.best_plan(empty, gpu=H200).to_mask() == empty
+    mask = pool_mask(48, 1.2, seqlen=384, heads=1, density=0.2)
+    assert type(fg.best_plan(mask, head_dim=256, gpu=H200)) is fg.Plan
+    with pytest.raises(fg.UnsupportedError, match="no preset has a tile of 192 rows that unions can use"):
+        q = torch.empty(1, 384, 1, 256, dtype=torch.bfloat16)
+        fg.explain(q, q, q, fg.UnionPlan.from_mask(mask), gpu=H200)
+
+
+def test_factors_are_those_of_the_plans():
+    mask = pool_mask(32, 1.5, seqlen=1000, heads=2, density=0.2)
+    found = choose(mask, problem(1000, 2, 128, 32), H200, coarser=True)
+    factors = {option.name: option.union_factor for option in found.options}
+    for rows in (128, 192):
+        assert factors[f"unions of {rows} rows"] == pytest.approx(fg.UnionPlan.from_mask(mask, rows=rows).union_factor)
+        coarse = mask.coarsen(rows, 1)
+        assert factors[f"slices of {rows} x 1"] == pytest.approx(coarse.density / mask.density)
+    assert [o.exact for o in found.options] == [True] * 3 + [False] * 3
+
+
+# ---- attention and explain ------------------------------------------------------------------------------------------
+def test_a_mask_gets_its_best_plan_on_the_kernel_and_the_same_result(monkeypatch):
+    monkeypatch.setattr(plan_choice, "UNION_MARGIN", 100)  # so few blocks leave most SMs idle either way
+    mask = pool_mask(16, 1.1, seqlen=256, heads=2, density=0.3)
+    q, k, v = (torch.randn(1, 256, 2, 128).bfloat16() for _ in range(3))
+    with emulator.session(seed=1, checks="all"):
+        out = fg.attention(q, k, v, mask, backend="emulator")
+        again = fg.attention(q, k, v, mask, backend="emulator")
+    [plan] = vars(mask)[api._BEST_OF_MASK].values()
+    assert type(plan) is fg.UnionPlan and torch.equal(out, again)
+    expected = fg.reference.attention(q, k, v, fg.Plan.from_mask(mask))
+    assert (out.float() - expected.float()).norm() / expected.float().norm() < 1e-2
+    # A named kernel is for lists of the blocks' own, and the reference needs no unions.
+    assert type(api._plan_for(mask, q, k, v, "bshd", "emulator", "m64-d128", "fast")) is fg.Plan
+    assert type(api._plan_for(mask, q, k, v, "bshd", "auto", None, "fast")) is fg.Plan
+
+
+def test_explain_shows_every_kind_of_plan_and_says_why():
+    mask = pool_mask(16, 1.3, **SIZES, density=0.1)
+    q = torch.empty(1, 3072, 11, 128, dtype=torch.bfloat16)
+    explained = fg.explain(q, q, q, mask, gpu=H200)
+    text = str(explained)
+    assert explained.plans.chosen == "unions of 128 rows" and explained.choice.spec.union_blocks == 8
+    assert "unions should take" in text and "own lists: model" in text and "NOT exact" in text
+    assert explained.union_factor == pytest.approx(1.3, rel=0.02)
+    assert {o["name"] for o in explained.as_dict()["plans"]["options"]} >= {
+        OWN,
+        "unions of 192 rows",
+        "slices of 64 x 1",
+    }
+    given = fg.explain(q, q, q, fg.UnionPlan.from_mask(mask), gpu=H200)
+    assert given.plans is None and "factor 1.3" in str(given)
+    assert given.choice == explained.choice
+
+
+def test_describe_reports_the_factor():
+    mask = pool_mask(48, 1.5, seqlen=960, heads=2, density=0.2)
+    plan = fg.UnionPlan.from_mask(mask)
+    assert plan.describe()["union_factor"] == plan.union_factor
+    assert plan.describe()["union_factors"] == {"192 rows": pytest.approx(plan.union_factor)}
+    assert fg.Plan.from_mask(mask).describe()["union_factors"] == mask.describe()["union_factors"]
+    assert "union_factors" not in mask.coarsen(192, 1).describe()
+
+
+def test_the_command_line_weighs_unions_by_their_factor():
+    from typer.testing import CliRunner
+
+    from fgattn_cute.cli import app
+
+    sizes = ["explain", "--gpu", "h200", "--slice-m", "32", "--json"]
+    for factor, blocks in (("1.2", 4), ("3", 1)):
+        done = CliRunner().invoke(app, [*sizes, "--union-factor", factor])
+        found = json.loads(done.stdout)
+        assert found["choice"]["spec"]["union_blocks"] == blocks
+        assert len(found["plans"]["options"]) == 3
+    assert CliRunner().invoke(app, [*sizes, "--union-factor", "0.5"]).exit_code != 0

@@ -168,7 +168,8 @@ def price(problem: Problem, gpu: Gpu, density: float, factors: dict[Way, float])
                 raise
             continue  # no preset has a kernel for such unions
         work = roofline.Workload.uniform(asked, density, union_factor=factor)
-        seconds = roofline.predict(spec, facts_for(gpu), work).seconds
+        # Not what the kernel cache happens to know: a mask must get the same plan, and so the same bits, every time.
+        seconds = roofline.predict(spec, facts_for(gpu), work, roofline.known_instructions(spec)).seconds
         found.append(PlanOption(way.name, way.rows, way.exact, factor, seconds, spec.name))
     return _decide(found)
 

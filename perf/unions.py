@@ -2,6 +2,7 @@
 """What sharing a list costs and saves: unions against blocks of their own, over the union factor.
 
     python -m perf.unions --out perf/results/h200/unions.jsonl       # on a Hopper: one JSON record per kernel
+    python -m perf.unions --table                                    # Markdown: which slices pay, by the cost model
 
 Masks have a union factor that is set: the blocks of 384 queries (the unions of three CTAs of 128 rows, or of two of
 192) draw their keys from a pool of their own. Kernels of a mask are judged against each other, then timed: interleaved,
@@ -22,8 +23,9 @@ import torch
 
 import fgattn_cute as fg
 from fgattn_cute import gpu as gpus
-from fgattn_cute import select, workers
+from fgattn_cute import roofline, select, workers
 from fgattn_cute.errors import FgAttnError
+from fgattn_cute.plan_choice import OWN, price, ways
 from fgattn_cute.timing import CudaTimer, Timer
 from fgattn_cute.unions import UnionPlan, rows_for
 from perf.roofline import problem
@@ -31,6 +33,8 @@ from perf.run import MAX_RELATIVE_ERROR, clocks, environment, write
 
 SLICES = (16, 32, 48, 64, 96)
 FACTORS = (1.05, 1.5, 2.0, 3.0)
+TABLE_FACTORS = (1.05, 1.5, 2.0, 3.0, 4.0, 6.0)
+TABLE_DENSITIES = (0.1, 0.2, 0.3, 0.5)
 POOL_ROWS = 384
 # Useful TFLOPS of a prototype on one H200 (2026-11-23), S = 16,128 to 16,384, 30 % density, head_dim 128, bf16, unions
 # of 128 rows, fixed_ref: (slice_m, union factor) -> rate.
@@ -168,6 +172,44 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+# ---- what the model expects -----------------------------------------------------------------------------------------
+def table(seqlen: int = 16384, heads: int = 24, head_dim: int = 128) -> str:
+    """Markdown: the plan that ``fg.best_plan`` would take, by density and union factor, on an H200."""
+    gpu = gpus.from_config("h200")
+    dense_ms = 4 * head_dim * heads * seqlen**2 / (select.facts_for(gpu).constants["dense_attention_tflops"] * 1e9)
+    head = ["density", "slice_m", *(f"factor {factor}" for factor in TABLE_FACTORS)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for density in TABLE_DENSITIES:
+        for slice_m in SLICES:
+            cells = []
+            for factor in TABLE_FACTORS:
+                if factor * density > 1 or factor >= rows_for(slice_m)[0] / slice_m:
+                    cells.append("-")  # no such mask
+                    continue
+                kinds = ways(slice_m, 1, coarser=False)
+                priced = {way: factor if way.blocks > 1 else 1.0 for way in kinds}
+                found = price(problem(seqlen, heads, head_dim, slice_m), gpu, density, priced)
+                option = next(o for o in found.options if o.name == found.chosen)
+                ms = 1e3 * option.seconds
+                kind = "own" if option.name == OWN else f"u{option.rows}"
+                cells.append(f"{kind} {ms:.2f} ({dense_ms / ms:.1f} x)")
+            lines.append(f"| {density:.0%} | {slice_m} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def against_prototype() -> str:
+    """Markdown: useful TFLOPS of the prototype on an H200, and what the model expects of unions of 128 rows."""
+    gpu = gpus.from_config("h200")
+    lines = ["| slice_m | factor | prototype | model |", "|---|---|---|---|"]
+    for (slice_m, factor), rate in PROTOTYPE.items():
+        asked = dataclasses.replace(problem(16384, 24, 128, slice_m), union_blocks=128 // slice_m)
+        work = roofline.Workload.uniform(asked, 0.3, union_factor=factor)
+        spec = select.select(asked, gpu).spec
+        found = roofline.predict(spec, select.facts_for(gpu), work, roofline.known_instructions(spec))
+        lines.append(f"| {slice_m} | {factor} | {rate} | {found.packed_tflops:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measures on the GPU; exit code 1 without one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -182,7 +224,11 @@ def main() -> None:
     parser.add_argument(
         "--logit-bound", type=float, help="known bound of the logits: a small one saves the redo launch"
     )
+    parser.add_argument("--table", action="store_true", help="what the cost model expects, as Markdown")
     options = parser.parse_args()
+    if options.table:
+        print(table(), against_prototype(), sep="\n\n")
+        return
     if options.out is None or not torch.cuda.is_available():
         sys.exit("needs --out and a GPU: nothing is measured")
     sizes = {"seqlen": options.seqlen, "heads": options.heads}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of unions without a GPU: its masks have the factor that was asked for, its records the right rates."""
 
+from pathlib import Path
+
 import pytest
 
 from fgattn_cute.timing import Samples
@@ -43,3 +45,15 @@ def test_records_count_useful_and_executed_flops():
         assert record["useful_tflops"] == pytest.approx(rate, abs=0.06)
         assert record["executed_tflops"] == pytest.approx(rate * record["union_factor"], abs=0.06)
     assert records["own lists"]["union_factor"] == 1.0 and "_u4" in records["unions of 128 rows"]["kernel"]
+
+
+def test_the_documents_tables_are_the_models():
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    assert unions.table() in text and unions.against_prototype() in text
+
+
+def test_the_model_is_near_the_prototype():
+    rows = [line.split("|") for line in unions.against_prototype().splitlines()[2:]]
+    assert len(rows) == 7
+    for _, _, _, measured, model, _ in rows:
+        assert float(model) == pytest.approx(float(measured), rel=0.07)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def attention(
         k, v: (batch, seqlen_k, kv_heads, head_dim), heads a multiple of kv_heads.
         plan: the lists. A SliceMask is turned into a plan once and remembered as long as the mask lives; where its
             blocks could share lists (slice_m 16, 32, 48, 64, 96), a kernel runs and no spec is named, into the one that
-            the cost model expects to be fastest, as ``best_plan`` does.
+            the cost model expects to be fastest, as ``best_plan`` does, if the compiler is installed.
         scale: factor on q.k, at least 0; None means head_dim ** -0.5.
         return_lse: also return the logarithm of the sum of exponentials.
         layout: "bshd", or "bhsd" for (batch, heads, seqlen, head_dim) tensors; no copies either way.
@@ -243,9 +244,13 @@ def _check_bound(logit_bound) -> None:
 
 
 def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | UnionPlan:
-    """The mask's plan for a call: the best where a kernel runs and blocks could share lists, else lists of its own."""
+    """The mask's plan for a call: the best where a kernel runs and blocks could share lists, else lists of its own.
+
+    Without the compiler, too, lists of its own: kernels for unions need not be among those that were brought along.
+    """
     on_kernel = backend == "emulator" or (isinstance(q, torch.Tensor) and q.is_cuda and backend != "reference")
-    if spec is not None or not on_kernel or not rows_for(mask.slice_m) or torch.compiler.is_compiling():
+    could_share = spec is None and on_kernel and rows_for(mask.slice_m)
+    if not could_share or torch.compiler.is_compiling() or not _compiler_installed():
         return _plan_of(mask)
     problem = _checks.check(q, k, v, mask, layout=layout, level=checks)
     gpu = _gpu.assumed() if backend == "emulator" else _gpu.current(q.device)
@@ -255,6 +260,11 @@ def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks:
         plans = choose(mask, problem, gpu)
         best[key] = _plan_of(mask) if plans.chosen == OWN else plans.plan(mask)
     return best[key]
+
+
+@functools.cache
+def _compiler_installed() -> bool:
+    return importlib.util.find_spec("cutlass") is not None
 
 
 def _plan_of(mask: SliceMask) -> Plan:

@@ -83,6 +83,7 @@ def compile_kernels(
     slice_n: Annotated[list[int] | None, typer.Option(min=1, help="Keys of a slice; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bf16 or fp16; may be repeated; default both.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="May be repeated; default all.")] = None,
+    unions: Annotated[bool, typer.Option("--unions", help="Also for blocks of 16 to 96 queries that share.")] = False,
     processes: Annotated[int, typer.Option(min=0, help="Side by side; 0: FGATTN_COMPILE_WORKERS.")] = 0,
     check: Annotated[
         bool, typer.Option("--check", help="Compile nothing: say which files of --out would serve.")
@@ -102,6 +103,7 @@ def compile_kernels(
             print_rows([(v["entry"], v["refused"] or "serves") for v in verdicts])
         raise typer.Exit(int(not verdicts or any(v["refused"] for v in verdicts)))
     specs = prebuilt.specs_of(gpu, slice_n or (1,), dtype, head_dim)
+    specs += prebuilt.unions_of(specs) if unions else []
     if not specs:
         raise typer.BadParameter(f"no preset of {gpu} is for that", param_hint="--dtype, --head-dim")
     if not (dtype or head_dim):

@@ -10,6 +10,7 @@ foreign or damaged is refused with the reason, and the kernel is compiled instea
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from . import cache, presets, settings, workers
 from .errors import CompileError
 from .kernels import copy_spec
-from .kernels.mask_spec import COMPACT_STEPS, CompactSpec
+from .kernels.mask_spec import COMPACT_STEPS, CompactSpec, MemberSpec
 from .kernels.spec import FwdSpec
 from .settings import log
 
@@ -104,6 +105,23 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
                 found[own] = None
                 if own.softmax == "fixed_ref":
                     found[own.redo_spec()] = None
+    return list(found)
+
+
+def unions_of(specs: Iterable[FwdSpec]) -> list:
+    """The kernels by which blocks of 16 to 96 queries share the lists of these, redo passes and packing included."""
+    from .select import for_union
+    from .unions import rows_for
+
+    found: dict = {}
+    for spec, slice_m in itertools.product(specs, (16, 32, 48, 64, 96)):
+        if not spec.redo and spec.tile_m in rows_for(slice_m):
+            union = for_union(spec, spec.tile_m // slice_m)
+            if union.reasons():
+                continue
+            found[union] = found[MemberSpec(union_blocks=union.union_blocks)] = None
+            if union.softmax == "fixed_ref":
+                found[union.redo_spec()] = None
     return list(found)
 
 

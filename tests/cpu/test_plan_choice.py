@@ -108,6 +108,9 @@ def test_a_mask_gets_its_best_plan_on_the_kernel_and_the_same_result(monkeypatch
     # A named kernel is for lists of the blocks' own, and the reference needs no unions.
     assert type(api._plan_for(mask, q, k, v, "bshd", "emulator", "m64-d128", "fast")) is fg.Plan
     assert type(api._plan_for(mask, q, k, v, "bshd", "auto", None, "fast")) is fg.Plan
+    # Nor can kernels be made without the compiler.
+    monkeypatch.setattr(api, "_compiler_installed", lambda: False)
+    assert type(api._plan_for(mask, q, k, v, "bshd", "emulator", None, "fast")) is fg.Plan
 
 
 def test_explain_shows_every_kind_of_plan_and_says_why():

@@ -207,3 +207,14 @@ def test_bench_checks_before_it_times(monkeypatch):
     monkeypatch.setattr(bench.api, "attention", lambda q, k, v, plan: 2 * q)
     with pytest.raises(AssertionError, match="differs from dense"):
         bench.measure(q, k, v, plan, rounds=4, timer=timer, gpu=gpu.from_config("h200"))
+
+
+def test_unions_of_a_presets_kernels():
+    """Blocks of 16 and 32 fill 128 rows 8 and 4 at a time, 64 does 2; 64 rows are not shared, and each has a packer."""
+    specs = [s for s in prebuilt.specs_of("h200", dtypes=["bf16"], head_dims=[128]) if s.tile_m < 192]
+    found = prebuilt.unions_of(specs)
+    kernels = [s for s in found if isinstance(s, FwdSpec)]
+    assert {(s.tile_m, s.union_blocks) for s in kernels} == {(128, 8), (128, 4), (128, 2)}
+    assert {s.union_blocks for s in found if not isinstance(s, FwdSpec)} == {8, 4, 2}
+    assert {s.redo_spec() for s in kernels if s.softmax == "fixed_ref"} <= set(kernels)
+    assert all(not s.reasons() for s in found)

@@ -23,7 +23,7 @@ from .mainloop import Mainloop
 from .schedule import make_pipes
 from .scheduler import Scheduler
 from .smem import element_type, operand_layouts, operand_tile, storage_struct
-from .spec import ELEMENT_BYTES, WARP_ROWS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+from .spec import BOX_ROWS, ELEMENT_BYTES, WARP_ROWS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)
 SMALLEST_SCALE = 2.0**-126
@@ -64,7 +64,7 @@ class FgAttnForwardSm90:
     ):
         spec = self.spec
         mQ, mK, mV, mO = (sequence_first(t) for t in (mQ, mK, mV, mO))
-        layouts = operand_layouts(spec)
+        layouts = operand_layouts(spec, atoms_first=spec.kv_loads == "boxes" and spec.box_rows == BOX_ROWS)
         mma_qk = sm90_utils.make_trivial_tiled_mma(
             self.dtype,
             self.dtype,

@@ -10,7 +10,7 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from .spec import BOX_ROWS, WGMMA_ROWS
+from .spec import WGMMA_ROWS
 
 OPERAND_ALIGN_BYTES = 1024  # a 128-byte swizzle atom spans 8 rows, and TMA swizzles by absolute address
 
@@ -36,14 +36,15 @@ def operand_tile(spec, rows: int) -> cute.ComposedLayout:
     return cute.tile_to_shape(swizzle_atom(spec), (rows, spec.head_dim), order=(0, 1))
 
 
-def operand_layouts(spec) -> OperandLayouts:
+def operand_layouts(spec, atoms_first: bool = False) -> OperandLayouts:
+    """atoms_first: the atoms of a row lie side by side in K and V tiles, as boxes of 8 rows want it."""
+
     def staged(rows, stages, order=(0, 1, 2)):
         return cute.tile_to_shape(swizzle_atom(spec), (rows, spec.head_dim, stages), order=order)
 
-    eight_row_boxes = spec.kv_loads == "boxes" and spec.box_rows == BOX_ROWS
     return OperandLayouts(
         q=staged(WGMMA_ROWS, spec.consumer_warpgroups),
-        kv=staged(spec.tile_n, spec.kv_stages, (1, 0, 2) if eight_row_boxes else (0, 1, 2)),
+        kv=staged(spec.tile_n, spec.kv_stages, (1, 0, 2) if atoms_first else (0, 1, 2)),
     )
 
 

@@ -23,8 +23,8 @@ from .presets import Preset, PresetFile
 from .problem import Problem
 
 # Packed rate relative to dense FA4 where a preset has not been measured: H200, S = 16384, D = 128, 30 % density
-# (perf/results/h200/2026-11-23-forward.jsonl). EXACT_SPEED: exact over fixed_ref softmax at tile_m 192 and 128.
-SPEED_OF_TILE_M = {192: 1.02, 128: 0.92, 64: 0.84}
+# (perf/results/h200/2026-11-23-third.jsonl). EXACT_SPEED: exact over fixed_ref softmax at tile_m 192 and 128.
+SPEED_OF_TILE_M = {192: 1.01, 128: 0.95, 64: 0.87}
 EXACT_SPEED = 0.9
 WIDE_UNION_REGISTERS = (152, 56)  # consumer, producer
 
@@ -171,9 +171,9 @@ def _shipped(name: str) -> PresetFile:
     return presets.for_gpu(name)
 
 
-def cost(preset: Preset, slice_m: int) -> float:
+def cost(preset: Preset, file: PresetFile, slice_m: int) -> float:
     """Rows that a query block computes, over the preset's relative speed. Lower is better."""
-    return rows_computed(preset.fields["tile_m"], slice_m) / speed(preset)
+    return rows_computed(preset.fields["tile_m"], slice_m) / speed(preset, file)
 
 
 def rows_computed(tile_m: int, slice_m: int) -> int:
@@ -181,10 +181,15 @@ def rows_computed(tile_m: int, slice_m: int) -> int:
     return -(-slice_m // tile_m) * tile_m
 
 
-def speed(preset: Preset) -> float:
-    """Packed rate relative to dense attention: measured on this GPU, or assumed from the tile."""
-    assumed = SPEED_OF_TILE_M[preset.fields["tile_m"]] * (EXACT_SPEED if preset.fields["softmax"] == "exact" else 1.0)
-    return preset.measured.relative_to_dense or assumed
+def speed(preset: Preset, file: PresetFile) -> float:
+    """Packed rate relative to dense attention: measured on this GPU, or assumed from the tile. The exact softmax is
+    assumed from the file's kernel of the same tile and head dims with a fixed reference, where that is measured."""
+    if preset.measured.relative_to_dense:
+        return preset.measured.relative_to_dense
+    tile_m, exact = preset.fields["tile_m"], preset.fields["softmax"] == "exact"
+    twins = (p for p in file.presets if p.fields["tile_m"] == tile_m and p.when.head_dim == preset.when.head_dim)
+    measured = next((p.measured.relative_to_dense for p in twins if p.measured.relative_to_dense), None)
+    return (measured or SPEED_OF_TILE_M[tile_m]) * (EXACT_SPEED if exact else 1.0)
 
 
 def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple[Choice, str]]:
@@ -196,7 +201,7 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
         taking = [p for p in file.presets if p.takes(**facts)]
         meant += [(source, file, p) for p in taking if p.takes_slice_m(m) and not p.is_fallback]
         rest = [p for p in taking if not p.takes_slice_m(m)]
-        able += [(source, file, p) for p in sorted(rest, key=lambda p: cost(p, m))]
+        able += [(source, file, p) for p in sorted(rest, key=lambda p: cost(p, file, m))]
         last += [("fallback", file, p) for p in taking if p.is_fallback]
     ranked = []
     for source, file, preset in meant + able + last:
@@ -214,7 +219,7 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
             why = f"first preset of {file.name} for {_wanted(problem)} ({rows_text}; {preset.provenance})"
             why_not = f"listed later for the same slice_m ({rows_text})"
         else:
-            price = cost(preset, m)
+            price = cost(preset, file, m)
             why = f"no preset of {file.name} is for slice_m {m}; this one costs least: {rows_text}, cost {price:.0f}"
             why_not = f"made for other slice_m: {rows_text}, cost {price:.0f}"
         ranked.append((Choice(spec, source, preset.id, why), why_not))

@@ -38,7 +38,8 @@ def problem(slice_m=128, head_dim=128, dtype=torch.bfloat16, slice_n=1, seqlen=1
 
 
 # Direct where slice_m is a multiple of 192 or 128 or at most 64; else by rows computed / measured speed:
-# 80: 128 / 0.93 beats 128 / 0.81 and 192 / 1.02.  144: 192 / 1.02.  208: 256 / 0.93.  320: 384 / 1.02 beats 320 / 0.81.
+# 80: 128 / 0.947 beats 128 / 0.87 and 192 / 1.013.  144: 192 / 1.013.  208: 256 / 0.947.  320: 320 / 0.87 beats
+# 384 / 1.013.
 @pytest.mark.parametrize(
     "slice_m, preset_id",
     [
@@ -55,7 +56,7 @@ def problem(slice_m=128, head_dim=128, dtype=torch.bfloat16, slice_n=1, seqlen=1
         (144, "m192-d128"),
         (176, "m192-d128"),
         (208, "m128-d128"),
-        (320, "m192-d128"),
+        (320, "m64-d128"),
     ],
 )
 def test_slice_m_picks_the_tile(slice_m, preset_id):
@@ -160,7 +161,7 @@ def test_runners_up_are_the_rest_best_first():
     others = runners_up(problem(80), H200, select(problem(80), H200).spec)
     assert [r.preset_id for r in others][:3] == ["m128-exact-d128", "m64-d128", "m64-exact-d128"]
     assert others[-1].preset_id == "fallback"
-    assert "128 rows computed for 80, cost 152" in others[1].why
+    assert "128 rows computed for 80, cost 147" in others[1].why
 
 
 # ---- the GPU's facts ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 Scores are exact products of small numbers and count in octaves: q = a e0, k = s e0 and scale = ln 2 give 2^(a s).
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -61,7 +62,7 @@ def vectors(spec, queries, octaves, extra=0.0):
     q, k = torch.zeros(1, len(queries), 1, 64), torch.zeros(1, len(octaves), 1, 64)
     q[..., 0], k[..., 0] = queries[None, :, None], octaves[None, :, None]
     v = torch.randn(1, len(octaves), 1, 64) + extra
-    plan = fg.SliceMask.full(slice_m=spec.tile_m, slice_n=1, seqlen_q=len(queries), seqlen_k=len(octaves))
+    plan = fg.SliceMask.full(slice_m=spec.tile_m, slice_n=spec.slice_n, seqlen_q=len(queries), seqlen_k=len(octaves))
     return q.to(dtype), k.to(dtype), v.to(dtype), fg.Plan.from_mask(plan)
 
 
@@ -193,10 +194,18 @@ def test_the_redo_pass_repairs_what_fixed_ref_alone_gets_wrong(mode, name):
     assert_tight(both.out, both.lse, *case, math.log(2))
 
 
-@pytest.mark.parametrize("scheduler, num_sms", [("grid", 2), ("persistent", 1)])
-def test_redo_recomputes_the_poisoned_blocks_and_touches_no_other(scheduler, num_sms):
+REDONE = {
+    "grid": ({}, 2),
+    "persistent": ({"scheduler": "persistent"}, 1),
+    "runs": ({"kv_loads": "runs"}, 1),
+    "boxes": ({"kv_loads": "boxes", "slice_n": 8}, 1),
+}
+
+
+@pytest.mark.parametrize("fields, num_sms", REDONE.values(), ids=REDONE)
+def test_redo_recomputes_the_poisoned_blocks_and_touches_no_other(fields, num_sms):
     """Six blocks of which two hold a bad row each, one row in the last, partial block. The others keep every bit."""
-    spec = tiny_spec(scheduler=scheduler)
+    spec = tiny_spec(**fields)
     queries = torch.ones(64 * 5 + 20) * 0.01
     bad_rows = (64 + 37, 64 * 5 + 19)
     queries[list(bad_rows)] = 1.0
@@ -205,7 +214,7 @@ def test_redo_recomputes_the_poisoned_blocks_and_touches_no_other(scheduler, num
     first = only_first_pass(q, k, v, plan, spec=spec, **arguments)
     assert poisoned_rows(first.lse).nonzero()[:, 2].tolist() == list(bad_rows)
     both = emulate(q, k, v, plan, spec=spec, **arguments)
-    exact = emulate(q, k, v, plan, spec=tiny_spec(softmax="exact"), **arguments)
+    exact = emulate(q, k, v, plan, spec=dataclasses.replace(spec, softmax="exact", scheduler="grid"), **arguments)
     for block in range(6):
         rows = slice(64 * block, 64 * block + 64)
         source = exact if block in (1, 5) else first

@@ -51,7 +51,7 @@ def steps(out: Path, prebuilt: str | None = None) -> list[Step]:
     """What is run, in order of value; first of all, which of the prebuilt kernels serve and why not the others."""
     run, cli = ("-m", "perf.run", "--out"), ("-m", "fgattn_cute.cli")
     first, rest = str(out / "first.jsonl"), str(out / "all.jsonl")
-    # 260 tests and their kernels took 79 s with 12 processes on an H200 machine of 16 cores; one would take many minutes.
+    # 260 tests and their kernels took 79 s with 12 processes on 16 cores beside an H200; one process takes minutes.
     side_by_side = ("-n", "8") if importlib.util.find_spec("xdist") else ()
     tune = (*cli, "tune", "--json", "--slice-m")
     check = [Step("prebuilt kernels", (*cli, "compile", "--check", "--json", "--out", prebuilt), 1)] if prebuilt else []

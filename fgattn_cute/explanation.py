@@ -143,13 +143,14 @@ class Explanation:
     def _kernel_lines(self) -> list[str]:
         spec, choice = self.choice.spec, self.choice
         held = "registers" if spec.q_source == "registers" else "shared memory"
+        loads = {"gather": "K and V gathered", "boxes": "K and V by TMA boxes", "runs": "K and V gathered, runs by TMA"}
         per_block = ctas_per_block(spec, self.problem.slice_m)
         sharing = f", {per_block} CTAs share a list" if per_block > 1 else ""
         return [
             f"kernel    {spec.name}",
             f"chosen    {choice.preset_id or 'FwdSpec'} ({choice.source}): {choice.why}",
             f"tile      {spec.tile_m} x {spec.tile_n}, {spec.kv_stages} stages, softmax {spec.softmax}, Q in {held}, "
-            f"{spec.scheduler}{', ping-pong' if spec.ping_pong else ''}",
+            f"{loads[spec.kv_loads]}, {spec.scheduler}{', ping-pong' if spec.ping_pong else ''}",
             f"resources {spec.smem_bytes():,} bytes of shared memory, {spec.ctas_per_sm} CTAs per SM, "
             f"{spec.num_threads} threads, registers {spec.launch_registers} at launch, "
             f"{spec.consumer_registers} consumer (about {spec.register_estimate()} needed), "

@@ -187,3 +187,10 @@ def test_explain_with_a_spec_of_ones_own():
     told = fg.explain(q, k, v, mask, spec=fg.FwdSpec(head_dim=64, tile_m=64, tile_n=48))
     assert told.choice.source == "explicit" and "n48" in told.choice.spec.name
     assert any(r.preset_id == "m64-d64" for r in told.runners_up)
+
+
+@pytest.mark.parametrize("slice_n, loads", [(1, "gathered, runs by TMA"), (8, "by TMA boxes")])
+def test_explain_says_how_keys_come(slice_n, loads):
+    q = torch.zeros(1, 200, 1, 128, dtype=torch.bfloat16)
+    mask = fg.SliceMask.full(slice_m=192, slice_n=slice_n, seqlen_q=200, seqlen_k=200)
+    assert f"K and V {loads}, grid" in str(fg.explain(q, q, q, fg.Plan.from_mask(mask)))

@@ -289,9 +289,15 @@ class FwdSpec:
     def redo_spec(self) -> "FwdSpec":
         """The kernel that recomputes the rows a fixed_ref launch has poisoned.
 
-        With one consumer warpgroup its producer has the default registers: 32 would spill.
+        Its producer walks from item to item, for which 32 registers are too few: with one consumer warpgroup it has the
+        default ones; with three and seven rows a thread or more (D = 64), 56 and at most seven rows.
         """
-        registers = {} if self.consumer_warpgroups > 1 else {"consumer_registers": None, "producer_registers": None}
+        registers = {}
+        if self.consumer_warpgroups == 1:
+            registers = {"consumer_registers": None, "producer_registers": None}
+        elif self.consumer_warpgroups == 3 and self.rows_per_thread >= 7:
+            tile_n = 7 * self.row_groups
+            registers = {"consumer_registers": 152, "producer_registers": 56, "tile_n": tile_n}
         return dataclasses.replace(
             self,
             **registers,

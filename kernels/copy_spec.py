@@ -65,6 +65,6 @@ class CopySpec:
 
 
 def measured_specs() -> list:
-    """The kernels of ``python -m perf.micro``, with some 64 KB in flight for each CTA."""
+    """The kernels of ``python -m perf.copies``, with some 64 KB in flight for each CTA."""
     boxes = [CopySpec(path="tma", rows=rows, stages=min(64, 256 // rows)) for rows in (1, 8, 16, 64, 80, 128)]
     return [*boxes, CopySpec(path="cp_async", rows=64, stages=3)]

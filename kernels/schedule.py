@@ -86,7 +86,8 @@ class Pipe:
         """Producer: wait until slot of item ``i`` is free. Passes at once during the first round.
 
         The producer waits most of its time. Suspended, it takes no issue slots from the consumers (1 % of the M = 128
-        and M = 64 kernels on an H200), but the suspended form's slow path wants more than 32 registers.
+        kernel on an H200). The suspended form's slow path wants more than 32 registers, and at M = 64 a producer of 32
+        registers that spins is 2 to 5 % faster.
         """
         if const_expr(self.suspend):
             cute.arch.mbarrier_wait(self.empty + self.slot(i), self.phase(i) ^ 1)

@@ -4,7 +4,7 @@
     python -m perf.copies [--out results.jsonl]
 
 Rows of 256 bytes from random places of a footprint; nothing else happens (kernels/copy_sm90.py). The kernels are among
-the prebuilt ones. Not run on a GPU yet.
+the prebuilt ones.
 """
 
 from __future__ import annotations

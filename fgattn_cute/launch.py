@@ -17,6 +17,7 @@ import torch
 
 from . import compile as compiler
 from .errors import FgAttnError, InputError, describe_tensor, refusal
+from .kernels import phases
 from .kernels.spec import MAX_REDO_ITEMS, FwdSpec
 from .problem import Problem, as_bshd
 
@@ -32,7 +33,8 @@ SAFE_UNION_OCTAVES = 59.0
 class Launcher:
     """Everything about a launch that the tensors' facts decide.
 
-    kernel: takes (q, k, v, out, lse, ids, work, scale, slice_m, ctas_per_block, num_ctas).
+    kernel: takes (q, k, v, out, lse, ids, work, scale, slice_m, ctas_per_block, num_ctas, ctas_per_wave,
+        members, blocks).
     redo: the same for the second pass over poisoned rows; None for exact softmax.
     """
 
@@ -69,16 +71,21 @@ def ctas_per_block(spec: FwdSpec, slice_m: int) -> int:
     return -(-slice_m // spec.tile_m)
 
 
+def ctas_per_wave(spec: FwdSpec, sms: int) -> int:
+    """CTAs that fit the GPU at once."""
+    return sms * spec.ctas_per_sm
+
+
 def grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:
-    """CTAs of a launch: one per item and tile, or as many as fit the GPU at once for a persistent kernel."""
-    ctas = num_work * ctas_per_block(spec, slice_m)
-    return min(ctas, sms * spec.ctas_per_sm) if spec.scheduler == "persistent" else ctas
+    """CTAs of a launch: one per item and tile, or those of all phases of a persistent kernel."""
+    items = num_work * ctas_per_block(spec, slice_m)
+    return phases.num_ctas(items, ctas_per_wave(spec, sms)) if spec.scheduler == "persistent" else items
 
 
 def redo_grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:
     """CTAs of the redo pass after a launch of ``spec``: as many as fit the GPU at once, or as its flags need."""
-    ctas = num_work * ctas_per_block(spec, slice_m)
-    return max(min(ctas, sms * spec.ctas_per_sm), -(-ctas // MAX_REDO_ITEMS))
+    items = num_work * ctas_per_block(spec, slice_m)
+    return max(min(items, ctas_per_wave(spec, sms)), -(-items // MAX_REDO_ITEMS))
 
 
 def needs_redo(seqlen_k: int, logit_bound: float | None, union_blocks: int = 1) -> bool:
@@ -130,11 +137,12 @@ def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     work = plan.work(batch, heads)
     items = work.shape[0]
     tensors = (*views, lse, plan.ids, work, scale, launcher.slice_m, launcher.ctas_per_block)
+    wave = ctas_per_wave(spec, sms)
     unions = (plan.members, plan.blocks) if spec.union_blocks > 1 else (None, None)
     try:
-        launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms), *unions)
+        launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms), wave, *unions)
         if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound, spec.union_blocks):
-            launcher.redo(*tensors, redo_grid_size(spec, items, launcher.slice_m, sms), *unions)
+            launcher.redo(*tensors, redo_grid_size(spec, items, launcher.slice_m, sms), wave, *unions)
     except (TypeError, ValueError) as why:
         if isinstance(why, FgAttnError):
             raise

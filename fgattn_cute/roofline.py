@@ -21,7 +21,9 @@ from pathlib import Path
 
 from . import cache, cubin, presets
 from .errors import CompileError
+from .kernels import phases
 from .kernels.spec import ELEMENT_BYTES, WARP_ROWS, WARP_THREADS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+from .plan import WORK_BYTES_PER_KEY, WORK_L2_BYTES
 
 FIGURES = Path(__file__).parent / "configs" / "kernel_figures.json"
 RESOURCES = ("tensor core", "exponential", "issue slots", "shared memory", "L2", "HBM")
@@ -269,7 +271,7 @@ def joined(cycles: dict[str, float], overlap: float) -> float:
 class Workload:
     """What the model needs to know of a problem and its plan.
 
-    keys: length of every list in keys, one per query block, head and batch entry.
+    keys: length of every list in keys, (batch, heads, blocks) flattened: query blocks fastest.
     heads, batch: of q. kv_heads: of k and v. slice_m: rows that share a list, of all blocks of a union.
     kept_share: kept pairs over those in the lists, less than 1 for unions.
     """
@@ -357,13 +359,14 @@ def predict(spec: FwdSpec, facts: presets.GpuFacts, work: Workload, found: Instr
     cycles = tile_cycles(spec, machine, found, hbm_bytes(spec, machine, work, total_tiles) / total_tiles)
     tile = joined(cycles, machine.overlap)
     # The CTAs of an SM share it: each takes the tile's cycles once for every CTA that is resident.
-    costs = [n * tile * spec.ctas_per_sm + machine.list_cycles for n in tiles for _ in range(parts)]
-    seconds = makespan(costs, machine.sms * spec.ctas_per_sm) / machine.clock_hz
+    items = [n * tile * spec.ctas_per_sm + machine.list_cycles for n in launch_order(work, tiles) for _ in range(parts)]
+    slots = machine.sms * spec.ctas_per_sm
+    seconds = makespan(cta_cycles(spec, items, slots), slots) / machine.clock_hz
     rows = _rows_of_blocks(work)
     flops = 4 * spec.head_dim * sum(n * r for n, r in zip(work.keys, rows, strict=True)) * work.kept_share
     dense = 4 * spec.head_dim * work.batch * work.heads * work.seqlen_q * work.seqlen_k / (machine.dense_tflops * 1e12)
-    ends = len(costs) * machine.list_cycles / spec.ctas_per_sm / machine.sms / machine.clock_hz
-    full = len(costs) * work.seqlen_k / spec.tile_n * tile / machine.sms / machine.clock_hz
+    ends = len(items) * machine.list_cycles / spec.ctas_per_sm / machine.sms / machine.clock_hz
+    full = len(items) * work.seqlen_k / spec.tile_n * tile / machine.sms / machine.clock_hz
     return Prediction(
         spec=spec,
         machine=machine.name,
@@ -389,8 +392,35 @@ def hbm_bytes(spec: FwdSpec, machine: Machine, work: Workload, tiles: int) -> fl
     return once + missing * tiles * 2 * row * spec.tile_n
 
 
+def launch_order(work: Workload, tiles: list[int]) -> list[int]:
+    """Tiles of the lists in the order in which ``Plan.work`` has them: heaviest first inside a group of heads."""
+    lists = len(tiles) // (work.batch * work.heads)
+    group = max(1, WORK_L2_BYTES // (work.seqlen_k * WORK_BYTES_PER_KEY))
+    found = []
+    for entry in range(work.batch):
+        for head in range(0, work.heads, group):
+            first, end = (entry * work.heads + h for h in (head, min(head + group, work.heads)))
+            found += sorted(tiles[first * lists : end * lists], reverse=True)
+    return found
+
+
+def cta_cycles(spec: FwdSpec, items: list[float], slots: int) -> list[float]:
+    """Cycles of every CTA of a launch, in order: of its item, or of its share of them.
+
+    An item has the same ends in both. A persistent CTA starts once for all of its items, but what that saves is too
+    little to be seen in the measurements that the cycles of a list's ends are fitted to.
+
+    Args:
+        items: cycles of the work items.
+        slots: CTAs that fit the GPU at once.
+    """
+    if spec.scheduler == "grid":
+        return items
+    return [sum(items[share.start : share.stop : share.step]) for share in phases.shares(len(items), slots)]
+
+
 def makespan(costs: list[float], slots: int) -> float:
-    """When the last CTA ends, with the heaviest first and each slot taking the next as it becomes free."""
+    """When the last CTA ends, with each slot taking the next as it becomes free."""
     if not costs:
         return 0.0
     if min(costs) == max(costs):
@@ -398,7 +428,7 @@ def makespan(costs: list[float], slots: int) -> float:
     if len(costs) > EXACT_SIMULATION_ITEMS:  # many small steps: the unevenness at the end is half of one
         return max(sum(costs) / slots + max(costs) / 2, max(costs))
     ends = [0.0] * min(slots, len(costs))
-    for cost in sorted(costs, reverse=True):
+    for cost in costs:
         heapq.heapreplace(ends, ends[0] + cost)
     return max(ends)
 

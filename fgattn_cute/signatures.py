@@ -94,7 +94,7 @@ def _forward(spec: FwdSpec) -> list:
         _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
         _packed(Int32, (num_work, 4), OPERAND_ALIGN_BYTES),  # work descriptors
         1.0,  # softmax_scale
-        *(1, 1, 1),  # slice_m, ctas_per_block, num_ctas: types only, the values stay dynamic
+        *(1, 1, 1, 1),  # slice_m, ctas_per_block, num_ctas, ctas_per_wave: types only, the values stay dynamic
         *unions,  # members, blocks
         _stream(),
     ]

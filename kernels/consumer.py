@@ -13,20 +13,24 @@ class Consumer:
     @cute.jit
     def run(self):
         """All items of this CTA. tiles and items count what this consumer has taken from the pipes."""
-        tiles, items, step = Int32(0), Int32(0), Int32(0)
+        tiles, items = Int32(0), Int32(0)
         self.mainloop.order.start(self.mainloop.warpgroup_index)
-        index = self.scheduler.item_index(step)
         if const_expr(self.spec.scheduler == "grid"):
-            self.take(index, tiles, items)
-        else:
+            self.take(self.scheduler.only_item(), tiles, items)
+        elif const_expr(self.spec.redo):
+            step = Int32(0)
+            index = self.scheduler.strided_item(step)
             while self.scheduler.is_valid(index):
-                if const_expr(not self.spec.redo):
+                if self.scheduler.wants(step):
                     tiles, items = self.take(index, tiles, items)
-                else:
-                    if self.scheduler.wants(step):
-                        tiles, items = self.take(index, tiles, items)
                 step += 1
-                index = self.scheduler.item_index(step)
+                index = self.scheduler.strided_item(step)
+        else:
+            index, end = self.scheduler.share()
+            while index < end:
+                tiles, items = self.take(index, tiles, items)
+                index += self.scheduler.ctas_per_wave
+        if const_expr(self.spec.scheduler == "persistent"):
             self.epilogue.wait_stored()
 
     @cute.jit

@@ -2,7 +2,8 @@
 """FgAttnForwardSm90: attention of M queries to their own gathered list of keys, for Hopper (sm_90a).
 
 This file lays out operands, makes the TMA atoms, launches, and gives each warp its role; the roles have files of their
-own. Reading order: spec.py, schedule.py, scheduler.py, gather.py, loader.py, softmax.py, mainloop.py, epilogue.py.
+own. Reading order: spec.py, schedule.py, phases.py, scheduler.py, gather.py, loader.py, softmax.py, mainloop.py,
+epilogue.py.
 """
 
 import math
@@ -58,6 +59,7 @@ class FgAttnForwardSm90:
         slice_m: Int32,
         ctas_per_block: Int32,  # ceil(slice_m / tile_m)
         num_ctas: Int32,
+        ctas_per_wave: Int32,  # that fit the GPU at once; only the phases of a persistent kernel depend on it
         mMembers: cute.Tensor,  # unions only: (words, union_blocks) int32 keep-bits, see masking.KeepBits
         mBlocks: cute.Tensor,  # unions only: (num_unions, union_blocks) int32 query blocks
         stream: cuda.CUstream,
@@ -117,6 +119,8 @@ class FgAttnForwardSm90:
             cutlass.max(softmax_scale * LOG2_E, Float32(SMALLEST_SCALE)),
             slice_m,
             ctas_per_block,
+            ctas_per_wave,
+            cute.ceil_div(mWork.shape[0] * ctas_per_block, ctas_per_wave),
             # Scalar parameters live in the constant bank, where the producer's 32 registers are not spent on them.
             Int32(mK.stride[0] * ELEMENT_BYTES),
             Int32(mV.stride[0] * ELEMENT_BYTES),
@@ -154,6 +158,8 @@ class FgAttnForwardSm90:
         scale_log2: Float32,
         slice_m: Int32,
         ctas_per_block: Int32,
+        ctas_per_wave: Int32,
+        rounds: Int32,
         k_row_bytes: Int32,
         v_row_bytes: Int32,
         last_key: Int32,
@@ -165,7 +171,7 @@ class FgAttnForwardSm90:
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        scheduler = Scheduler(spec, mWork, mBlocks, slice_m, ctas_per_block, mQ.shape[0])
+        scheduler = Scheduler(spec, mWork, mBlocks, slice_m, ctas_per_block, ctas_per_wave, rounds, mQ.shape[0])
         storage = SmemAllocator().allocate(self.Storage)
         if const_expr(spec.redo):
             scheduler.flag_poisoned(mLSE, storage.flags.get_tensor(cute.make_layout(spec.num_flags)), thread, warp)

@@ -10,6 +10,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
+from .phases import span
 from .ptx import exit_if_zero, unsigned_divmod
 from .spec import WARP_ROWS, WARP_THREADS
 
@@ -24,30 +25,45 @@ class WorkItem:
 
 
 class Scheduler:
-    """Grid: CTA c takes item c. Persistent: round r gives CTA c item r * G + c, odd rounds counting from the other end.
+    """Grid: CTA c takes item c. Persistent: a CTA takes its share of a phase, see phases.py.
 
-    The items descend in weight, so the zigzag keeps the CTAs' sums within one heaviest item of each other without a
-    counter in global memory: nothing to reset, nothing shared between launches or streams.
-
-    The redo pass is persistent and first flags the items of its CTA that have a poisoned row; most often there is none.
+    The redo pass is persistent too, and its CTAs stride over all items: they first flag those of theirs that have a
+    poisoned row, and most often there is none.
     """
 
-    def __init__(self, spec, mWork, mBlocks, slice_m, ctas_per_block, seqlen_q):
+    def __init__(self, spec, mWork, mBlocks, slice_m, ctas_per_block, ctas_per_wave, rounds, seqlen_q):
         self.spec = spec
         self.mWork, self.mBlocks = mWork, mBlocks
         self.slice_m, self.ctas_per_block, self.seqlen_q = slice_m, ctas_per_block, seqlen_q
+        self.ctas_per_wave, self.rounds = ctas_per_wave, rounds
 
     @cute.jit
-    def item_index(self, step: Int32) -> Int32:
+    def only_item(self) -> Int32:
+        """Grid: this CTA's item."""
         cta, _, _ = cute.arch.block_idx()
-        if const_expr(self.spec.scheduler == "persistent"):
-            num_ctas, _, _ = cute.arch.grid_dim()
-            cta = step * num_ctas + (cta if step % 2 == 0 else num_ctas - 1 - cta)
         return cta
 
     @cute.jit
+    def share(self) -> tuple:
+        """Persistent: this CTA's first item, and where its items end. They are ``ctas_per_wave`` apart."""
+        cta, _, _ = cute.arch.block_idx()
+        phase, place = unsigned_divmod(cta, self.ctas_per_wave)
+        first, end = span(self.rounds, phase)
+        return first * self.ctas_per_wave + place, cutlass.min(end * self.ctas_per_wave, self.num_items())
+
+    @cute.jit
+    def strided_item(self, step: Int32) -> Int32:
+        """Redo pass: this CTA's item of round ``step``."""
+        cta, _, _ = cute.arch.block_idx()
+        num_ctas, _, _ = cute.arch.grid_dim()
+        return step * num_ctas + cta
+
+    def num_items(self) -> Int32:
+        return self.mWork.shape[0] * self.ctas_per_block
+
+    @cute.jit
     def is_valid(self, index: Int32) -> Boolean:
-        return index < self.mWork.shape[0] * self.ctas_per_block
+        return index < self.num_items()
 
     @cute.jit
     def flag_poisoned(self, mLSE: cute.Tensor, flags: cute.Tensor, thread: Int32, warp: Int32):
@@ -61,7 +77,7 @@ class Scheduler:
         self.flags = flags
         lane = thread % WARP_THREADS
         step = warp
-        index = self.item_index(step)
+        index = self.strided_item(step)
         while self.is_valid(index):
             work = self.fetch(index)
             poisoned = Int32(0)
@@ -75,12 +91,12 @@ class Scheduler:
             if lane == 0:
                 flags[step] = found
             step += self.spec.num_threads // WARP_THREADS
-            index = self.item_index(step)
+            index = self.strided_item(step)
         cute.arch.sync_threads()
         found = Int32(0)
         for i in cutlass.range_constexpr(self.spec.num_flags // WARP_THREADS):
             step = WARP_THREADS * i + lane
-            if self.is_valid(self.item_index(step)):
+            if self.is_valid(self.strided_item(step)):
                 found = found | flags[step]
         exit_if_zero(Int32(cute.arch.vote_any_sync(found != 0)))
 

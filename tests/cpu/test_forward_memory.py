@@ -139,7 +139,7 @@ def test_results_beyond_two_to_the_31_elements(dimension):
     work = plan.work(2, 2)
     with emulator.session(threads=1):
         compiler.get(SPEC, emulated=True).call(
-            q, k, v, out, lse, plan.ids, work, 64**-0.5, plan.slice_m, 1, work.shape[0], None, None
+            q, k, v, out, lse, plan.ids, work, 64**-0.5, plan.slice_m, 1, work.shape[0], 132, None, None
         )
     assert same_bits(out.contiguous(), expected.out) and same_bits(lse, expected.lse)
 

@@ -53,7 +53,7 @@ def test_arguments_of_the_kernel(plan, layout):
     q, k, v = tensors(layout)
     l = launcher(plan, FwdSpec(head_dim=D, tile_m=64, tile_n=64), layout)
     out, lse = launch._launch(l, q, k, v, plan, 0.5, None, 132)
-    [(mq, mk, mv, mo, mlse, ids, work, scale, slice_m, ctas_per_block, num_ctas, *unions)] = l.kernel.calls
+    [(mq, mk, mv, mo, mlse, ids, work, scale, slice_m, ctas_per_block, num_ctas, wave, *unions)] = l.kernel.calls
     for given, seen, heads, length in ((q, mq, HEADS, SQ), (k, mk, KV_HEADS, SK), (v, mv, KV_HEADS, SK)):
         assert seen.shape == (B, length, heads, D)
         assert seen.data_ptr() == given.data_ptr(), "no copy"
@@ -63,15 +63,15 @@ def test_arguments_of_the_kernel(plan, layout):
     assert lse is mlse and lse.shape == (B, HEADS, SQ) and lse.dtype == torch.float32
     assert ids is plan.ids and work is plan.work(B, HEADS) and work.shape == (B * HEADS * BLOCKS, 4)
     assert (scale, slice_m, ctas_per_block) == (0.5, 128, 2)
-    assert num_ctas == B * HEADS * BLOCKS * 2
+    assert num_ctas == B * HEADS * BLOCKS * 2 and wave == 132
     assert unions == [None, None]
 
 
-def test_persistent_grid_stops_at_what_the_gpu_holds():
+def test_a_grid_has_a_cta_for_every_tile_and_a_persistent_one_those_of_its_phases():
     grid = FwdSpec(head_dim=64, tile_m=64, tile_n=64)
     persistent = FwdSpec(head_dim=64, tile_m=64, tile_n=64, scheduler="persistent", ctas_per_sm=2)
     assert launch.grid_size(grid, 1000, 128, 132) == 2000
-    assert launch.grid_size(persistent, 1000, 128, 132) == 264
+    assert launch.grid_size(persistent, 1000, 128, 132) == 3 * 264 + 152, "8 rounds of 264: 4, 2, 1, and one of 152"
     assert launch.grid_size(persistent, 10, 128, 132) == 20
     assert launch.grid_size(FwdSpec(head_dim=64, tile_m=192), 7, 200, 132) == 14, "a partial tile is a CTA"
 
@@ -90,7 +90,8 @@ def test_redo_runs_after_the_kernel_unless_a_bound_rules_it_out(plan):
     launch._launch(l, q, k, v, plan, 1.0, None, 1)
     (first,), (second,) = l.kernel.calls, l.redo.calls
     assert all(a is b for a, b in zip(first[:7], second[:7], strict=True)), "the same tensors"
-    assert first[10] == second[10] == 1
+    assert first[10:12] == (5, 1), "24 items for one CTA at a time: 12, 6, 3, 2 and 1"
+    assert second[10:12] == (1, 1)
     launch._launch(l, q, k, v, plan, 1.0, 2.0, 1)
     assert len(l.kernel.calls) == 2 and len(l.redo.calls) == 1
 

@@ -142,10 +142,45 @@ def test_cycles_of_a_tile_by_hand():
 def test_makespan():
     assert roofline.makespan([], 4) == 0
     assert roofline.makespan([3.0], 4) == 3
-    assert roofline.makespan([1, 1, 1, 1, 4], 2) == 4  # the heavy one first
+    assert roofline.makespan([4, 1, 1, 1, 1], 2) == 4 and roofline.makespan([1, 1, 1, 1, 4], 2) == 6
     assert roofline.makespan([1] * 5, 4) == 2
     many = [1.0] * (roofline.EXACT_SIMULATION_ITEMS + 1)
     assert roofline.makespan(many, 100) == pytest.approx(len(many) / 100, rel=0.01)
+
+
+def test_a_persistent_launch_hands_out_shares_and_ends_with_one_item():
+    """13 items on two SMs: phases of 4, 2 and 1 rounds, the last of which has one item."""
+    persistent, grid = (spec_of("m128-d128", scheduler=name) for name in ("persistent", "grid"))
+    items = [float(n) for n in range(13, 0, -1)]
+    assert roofline.cta_cycles(grid, items, 2) == items
+    found = roofline.cta_cycles(persistent, items, 2)
+    assert found == [13 + 11 + 9 + 7, 12 + 10 + 8 + 6, 5 + 3, 4 + 2, 1]
+    # The second SM is free first: 36 + 8 there, 40 + 6 on the other; the last item ends at 45.
+    assert roofline.makespan(found, 2) == 46
+
+
+@pytest.mark.parametrize("seqlen, heads", [(16384, 24), (75600, 12)])
+def test_waves_lose_little_to_ctas_of_one_item(seqlen, heads):
+    """5 % of the blocks full and 30 % density: halving what is left, the model is within 3 % of a dynamic counter."""
+    problem = perf_roofline.problem(seqlen, heads, 128, 128)
+    even = roofline.Workload.uniform(problem, 0.3)
+    keys = tuple(seqlen if i % 20 == 7 else n for i, n in enumerate(even.keys))
+    work = dataclasses.replace(even, keys=keys)
+    found = roofline.Instructions(333, 120, "test")
+    waves, counter = (
+        roofline.predict(spec_of("m128-d128", scheduler=name), H200.gpu, work, found).seconds
+        for name in ("persistent", "grid")
+    )
+    assert counter < waves < 1.03 * counter
+
+
+def test_items_go_heaviest_first_inside_a_group_of_heads():
+    """At 65,536 keys the K and V of one head fill the L2 that a group may have."""
+    problem = perf_roofline.problem(65536, 2, 128, 32768)
+    work = dataclasses.replace(roofline.Workload.uniform(problem, 0.3), keys=(1, 5, 9, 3))
+    assert roofline.launch_order(work, [1, 5, 9, 3]) == [5, 1, 9, 3]
+    small = dataclasses.replace(work, seqlen_k=1024)
+    assert roofline.launch_order(small, [1, 5, 9, 3]) == [9, 5, 3, 1]
 
 
 def test_uneven_lists_cost_more_than_even_ones():

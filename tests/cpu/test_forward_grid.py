@@ -201,8 +201,8 @@ def test_the_groups_reach_every_branch():
     want |= {("tile_m", 192, False, "persistent")}
     want |= set(itertools.product(("shares",), (1, 2), (False, True)))
     want |= {("items per CTA", "several", "with empty ones"), ("items per CTA", "several", "all full")}
-    # Rows per thread of the presets' tiles (tile_n 80, 128, 96, 64; at D = 96 of 96 and 128): what slice_n meets.
-    want |= {("expansion", "ids", r) for r in (3, 4, 5, 6, 8)} | {("expansion", "each", r) for r in (3, 4, 5, 8)}
+    # Rows per thread of the presets' tiles (80, 128, 96, 64; at D = 96 96 and 128; at D = 64 192): what slice_n meets.
+    want |= {("expansion", "ids", r) for r in (3, 4, 5, 6, 8, 12)} | {("expansion", "each", r) for r in (3, 4, 5, 8)}
     want |= {("expansion", "one", r) for r in (4, 5, 8)} | {("expansion", "spread", r) for r in (3, 5)}
     want |= {("expansion", "box", r) for r in (4, 5, 6, 8)}
     assert not want - seen, f"no case reaches {sorted(want - seen, key=str)}"

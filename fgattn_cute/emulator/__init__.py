@@ -74,7 +74,7 @@ def prepare() -> None:
     and are bound to the real runtime). Kernels compiled afterwards still run on a real GPU outside a session.
 
     Raises:
-        SetupError: No C compiler, or nvidia-cutlass-dsl is missing.
+        SetupError: No C compiler, nvidia-cutlass-dsl is missing, or this process has a kernel for the GPU already.
     """
     from . import intercept
 

@@ -33,11 +33,17 @@ def install() -> None:
     folder if unset, `CUTE_DSL_LIBS` with the shim in front.
 
     Raises:
-        SetupError: No C compiler, or nvidia-cutlass-dsl is missing.
+        SetupError: No C compiler, nvidia-cutlass-dsl is missing, or this process has a kernel for the GPU already.
     """
     global _installed
     if _installed:
         return
+    if _runtime_is_bound():
+        raise SetupError(
+            "this process has compiled or loaded a kernel for the GPU through the CuTe DSL, which binds the host code "
+            "of all later kernels to the real CUDA runtime: call emulator.prepare() before the first kernel, or "
+            "emulate in another process"
+        )
     folder = Path(__file__).parent
     shim = str(build.shared_library("fgattn_emulator_shim", [folder / "shim.c"], libraries=("-ldl",)))
     os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
@@ -64,6 +70,15 @@ def install() -> None:
     _patch_hardware_info()
     _patch_tvm_ffi()
     _installed = True
+
+
+def _runtime_is_bound() -> bool:
+    """Whether an execution engine of the DSL has opened the real runtime for the whole process.
+
+    The engine never closes it, and later ones look for symbols in the order in which libraries were opened, so the
+    shim would come second. A kernel of ours that was linked to a shared library opens the runtime for itself alone.
+    """
+    return not launch.is_connected() and hasattr(ctypes.CDLL(None), "_cudaLibraryLoadData")
 
 
 def _update_live_dsl(keep: set[str]) -> None:

@@ -247,6 +247,11 @@ def _guarded(f):
     return callback
 
 
+def is_connected() -> bool:
+    """Whether the shim has been loaded."""
+    return _shim is not None
+
+
 def connect(shim_path: str, runtime_path: str) -> None:
     """Loads the shim and gives it the callbacks and the path of the real runtime."""
     global _shim, _callbacks

@@ -283,6 +283,33 @@ def test_no_compiler_is_a_clear_error(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
+BOUND = """
+import sys
+from fgattn_cute import compile, emulator
+from fgattn_cute.kernels.mask_spec import CompactSpec
+compile.build(CompactSpec(step="count"))
+for enter in (emulator.prepare, emulator.session):
+    try: enter()
+    except emulator.SetupError as why: assert "kernel for the GPU" in str(why) and "another process" in str(why), why
+    else: sys.exit(f"{enter} was not refused")
+"""
+
+
+def fresh_process(code):
+    """Runs code in a process that knows nothing of what prepare() has set in this one."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("CUTE_DSL_")}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**clean, "PYTHONPATH": os.getcwd()})
+
+
+def test_a_process_with_a_kernel_for_the_gpu_is_refused():
+    fresh_process(BOUND)
+
+
+def test_a_runtime_of_a_kernels_own_is_none_of_the_processs():
+    """A linked kernel opens the runtime for itself, as loading.py does, and the process can still emulate."""
+    fresh_process("from fgattn_cute import emulator, loading; loading._open_runtime(); emulator.prepare()")
+
+
 def test_the_page_names_every_option_and_every_kind_of_error():
     text = (Path(__file__).resolve().parents[3] / "docs" / "emulator.md").read_text()
     for option in inspect.signature(emulator.session).parameters:

@@ -54,6 +54,12 @@ def count(words: torch.Tensor) -> torch.Tensor:
     return popcount(words).sum(-1, dtype=torch.int64)
 
 
+def full_bytes(words: torch.Tensor) -> torch.Tensor:
+    """The bits of each int32 word whose whole byte (8 columns from a multiple of 8 on) is set."""
+    octets = words.contiguous().view(torch.uint8)
+    return torch.where(octets == 0xFF, octets, 0).view(torch.int32)
+
+
 def last_column(words: torch.Tensor, columns: int) -> torch.Tensor:
     """Whether the last column is set: int32 (..., words) -> bool (...)."""
     bit = (columns - 1) % WORD_BITS

@@ -16,6 +16,7 @@ from fgattn_cute import device_masks
 
 LIST_ALIGN = 8  # ids: a list starts on 32 bytes
 PLAN_SLACK = 256  # ids past the last list, at least one largest tile, so that a tail read stays inside the buffer
+GROUPED_SHARE = 0.5  # of all keys in aligned runs, from which on lists have those first; assumed, not measured
 _CHUNK_WORDS = 1 << 22  # mask words expanded at a time: bounds the temporaries of write_ids to about 100 MiB
 
 
@@ -26,12 +27,14 @@ class Lists(NamedTuple):
     offset: int64 (batch, heads, blocks_q), start of each list in ids.
     keys: int32 (batch, heads, blocks_q), keys of each list, clipped at the end of the sequence.
     overflow: bool (), True if the capacity cut lists off; on the device of the mask.
+    grouped: whether the keys of aligned runs stand first in each list.
     """
 
     ids: torch.Tensor
     offset: torch.Tensor
     keys: torch.Tensor
     overflow: torch.Tensor
+    grouped: bool
 
 
 def align_up(value, multiple: int):
@@ -51,38 +54,54 @@ def fit(offset: torch.Tensor, counts: torch.Tensor, needed: torch.Tensor, capaci
     return offset.clamp(max=capacity), torch.minimum(counts, (capacity - offset).clamp(min=0)), needed > capacity
 
 
-def compact(mask, capacity: int | None, backend: str | None = None) -> Lists:
-    """Lists of kept slice columns, ascending, one per query block.
+def compact(mask, capacity: int | None, backend: str | None = None, grouped: bool | None = None) -> Lists:
+    """Lists of kept slice columns, one per query block: ascending, or grouped.
+
+    An aligned run is keys 8 g to 8 g + 7, all kept. A grouped list has the keys of its aligned runs first, ascending,
+    then the others, ascending.
 
     Args:
         mask: a SliceMask.
-        capacity: ids to make room for, a multiple of 8. None takes the exact number, which costs one read-back of the
-            total (a synchronisation on CUDA); with a capacity nothing is read back and lists that do not fit are cut.
+        capacity: ids to make room for, a multiple of 8. None takes the exact number, which costs one read-back of
+            totals (a synchronisation on CUDA); with a capacity nothing is read back and lists that do not fit are cut.
         backend: "cuda" or "emulator" for the kernels, "torch"; None takes the kernels where the mask lies on a GPU
             that runs them.
+        grouped: None groups lists of single keys (slice_n 1) without a capacity where GROUPED_SHARE of all keys or more
+            are in aligned runs.
     """
     backend = backend or device_masks.backend_of(mask.bits)
     words = mask.bits.contiguous()
     if backend == "torch":
         counts, keys = mask.kept_slices(), mask.kept_keys().to(torch.int32)
+        runs = _bits.count(_bits.full_bytes(words))
     else:
-        counts, keys = device_masks.count(mask, words, backend)
+        counts, keys, runs = device_masks.count(mask, words, backend)
     offset, needed = layout(counts)
     if capacity is None:
-        capacity = int(needed)
+        capacity, total, in_runs = torch.stack([needed, counts.sum(), runs.sum()]).tolist()
+        if grouped is None:
+            grouped = mask.slice_n == 1 and in_runs >= max(1, GROUPED_SHARE * total)
+    if not grouped:
+        runs = None
     offset, counts, overflow = fit(offset, counts, needed, capacity)
     # An uncut list keeps its keys. A cut one has lost its last segment, so whole ones are left of it.
     keys = torch.minimum(counts * mask.slice_n, keys).to(torch.int32)
     if backend == "torch":
         ids = torch.zeros(capacity + PLAN_SLACK, dtype=torch.int32, device=words.device)
-        write_ids(words, offset, counts, ids)
+        write_ids(words, offset, counts, ids, runs)
     else:
         ids = torch.empty(capacity + PLAN_SLACK, dtype=torch.int32, device=words.device)
-        device_masks.write_ids(words, offset, counts, ids, backend)
-    return Lists(ids, offset, keys, overflow)
+        device_masks.write_ids(words, offset, counts, ids, backend, runs)
+    return Lists(ids, offset, keys, overflow, bool(grouped))
 
 
-def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) -> None:
+def write_ids(
+    words: torch.Tensor,
+    offset: torch.Tensor,
+    counts: torch.Tensor,
+    ids: torch.Tensor,
+    runs: torch.Tensor | None = None,
+) -> None:
     """Writes the first ``counts`` set columns of each row of ``words`` to ``ids`` from ``offset`` on.
 
     Args:
@@ -90,7 +109,13 @@ def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, i
         offset, counts: int64 (batch, heads, blocks_q).
         ids: int32 (n,), written in place; positions outside the lists stay untouched. Its last element belongs to no
             list.
+        runs: int64 (batch, heads, blocks_q), columns in aligned runs, to be written first: grouped lists, uncut.
     """
+    if runs is not None:
+        full = _bits.full_bytes(words)
+        write_ids(full, offset, runs, ids)
+        write_ids(words ^ full, offset + runs, counts - runs, ids)
+        return
     width = words.shape[-1]
     rows = words.reshape(-1, width)
     flat_offset, flat_counts = offset.reshape(-1, 1), counts.reshape(-1, 1)

@@ -35,7 +35,7 @@ def _runs_kernels(index: int) -> bool:
     return not gpu.from_cuda(index).reasons()
 
 
-def count(mask, words: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def count(mask, words: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Length of every list of a mask.
 
     Args:
@@ -44,22 +44,29 @@ def count(mask, words: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.
         backend: "cuda" or "emulator".
 
     Returns:
-        (segments int64, keys int32), both (batch, heads, blocks_q).
+        (segments int64, keys int32, segments in aligned runs int64), all (batch, heads, blocks_q).
     """
     shape = words.shape[:-1]
-    counts = torch.empty(shape, dtype=torch.int64, device=words.device)
+    packed = torch.empty(shape, dtype=torch.int64, device=words.device)
     keys = torch.empty(shape, dtype=torch.int32, device=words.device)
     shortfall = mask.blocks_k * mask.slice_n - mask.seqlen_k
     rows = words.flatten(0, -2)
     _launch(
         CompactSpec(step="count"),
         backend,
-        (rows, counts.flatten(), keys.flatten(), mask.blocks_k - 1, mask.slice_n, shortfall),
+        (rows, packed.flatten(), keys.flatten(), mask.blocks_k - 1, mask.slice_n, shortfall),
     )
-    return counts, keys
+    return packed & 0xFFFFFFFF, keys, packed >> 32
 
 
-def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor, backend: str) -> None:
+def write_ids(
+    words: torch.Tensor,
+    offset: torch.Tensor,
+    counts: torch.Tensor,
+    ids: torch.Tensor,
+    backend: str,
+    runs: torch.Tensor | None = None,
+) -> None:
     """Writes the first ``counts`` set columns of each row of ``words`` to ``ids`` from ``offset`` on, and 0 elsewhere.
 
     Args:
@@ -67,7 +74,10 @@ def write_ids(words: torch.Tensor, offset: torch.Tensor, counts: torch.Tensor, i
         offset, counts: int64 (batch, heads, blocks_q), as ``compaction.fit`` returns them.
         ids: int32 (n,), written in full.
         backend: "cuda" or "emulator".
+        runs: int64 (batch, heads, blocks_q), columns in aligned runs, for grouped lists; those are not cut.
     """
+    if runs is not None:
+        counts = runs << 32 | counts
     rows = (words.flatten(0, -2), offset.flatten(), counts.flatten())
     _launch(CompactSpec(step="write"), backend, (*rows, ids))
 

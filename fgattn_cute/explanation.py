@@ -143,7 +143,12 @@ class Explanation:
     def _kernel_lines(self) -> list[str]:
         spec, choice = self.choice.spec, self.choice
         held = "registers" if spec.q_source == "registers" else "shared memory"
-        loads = {"gather": "K and V gathered", "boxes": "K and V by TMA boxes", "runs": "K and V gathered, runs by TMA"}
+        loads = {
+            "gather": "K and V gathered",
+            "boxes": "K and V by TMA boxes",
+            "runs": "K and V gathered, tiles of consecutive keys by TMA",
+            "octets": "K and V gathered, aligned runs of 8 keys by TMA",
+        }
         per_block = ctas_per_block(spec, self.problem.slice_m)
         sharing = f", {per_block} CTAs share a list" if per_block > 1 else ""
         return [

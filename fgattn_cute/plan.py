@@ -30,14 +30,16 @@ _CHUNK_CELLS = 1 << 24  # list cells expanded at a time when lists are read as a
 class Plan:
     """Key lists of each query block.
 
-    ids: int32 (n,), ascending segment ids (units of slice_n). Each list starts at a multiple of 8 ids (32 bytes) and
-        the buffer ends with at least PLAN_SLACK ids that belong to no list.
+    ids: int32 (n,), segment ids (units of slice_n), ascending unless ``grouped``. Each list starts at a multiple of 8
+        ids (32 bytes) and the buffer ends with at least PLAN_SLACK ids that belong to no list.
     offset: int64 (batch, heads, blocks_q), start of each list in ids. Batch or heads of 1 is shared.
     keys: int32 (batch, heads, blocks_q), keys of each list after clipping at seqlen_k; a segment that crosses seqlen_k
         is the last of its list.
     slice_m, slice_n: queries of a block and keys of a segment.
     seqlen_q, seqlen_k: lengths in tokens.
     overflow: bool (), on the device: lists were cut because a capacity was too small. None when that cannot be.
+    grouped: each list has the keys of its aligned runs first (keys 8 g to 8 g + 7, all kept), ascending, and then the
+        others, ascending. Only for slice_n 1. Kernels with kv_loads octets bring the runs by TMA.
 
     Plans compare and hash by identity.
     """
@@ -50,6 +52,7 @@ class Plan:
     seqlen_q: int
     seqlen_k: int
     overflow: torch.Tensor | None = None
+    grouped: bool = False
     _work: dict = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self):
@@ -70,26 +73,32 @@ class Plan:
             why.append(f"ids holds {self.ids.numel()} elements, fewer than the slack of {PLAN_SLACK}")
         if not why and self.ids.data_ptr() % 32:
             why.append("ids does not start on 32 bytes")
+        if self.grouped and self.slice_n != 1:
+            why.append(f"lists of segments of {self.slice_n} keys are not grouped, only those of single keys")
         if why:
             raise PlanError("not a plan: " + "; ".join(why))
 
     # ---- construction ---------------------------------------------------------------------------------------------
     @classmethod
-    def from_mask(cls, mask: SliceMask, capacity: int | None = None) -> Plan:
+    def from_mask(cls, mask: SliceMask, capacity: int | None = None, grouped: bool | None = None) -> Plan:
         """Builds the lists of a mask on the mask's device.
 
         Args:
             mask: the kept slices.
             capacity: room in ids, each list rounded up to a multiple of 8. None allocates exactly what is needed and
-                reads one number back for it, the only synchronisation. With a capacity nothing is read back; lists
+                reads the totals back for it, the only synchronisation. With a capacity nothing is read back; lists
                 that do not fit are cut, ``overflow`` becomes True and ``describe`` and ``validate`` say so.
+            grouped: whether lists have their aligned runs of 8 keys first, which needs slice_n 1 and no capacity. None
+                groups them where it can and half of all keys or more stand in such runs.
         """
         if not isinstance(mask, SliceMask):
             raise PlanError(f"a plan is made from a SliceMask, not from {type(mask).__name__}: SliceMask.from_dense")
         capacity = _checked_capacity(capacity)
-        lists = compact(mask, capacity)
+        if grouped and (mask.slice_n != 1 or capacity is not None):
+            raise PlanError(f"lists are grouped for slice_n 1 without a capacity, not {mask.slice_n} with {capacity}")
+        lists = compact(mask, capacity, grouped=grouped)
         overflow = lists.overflow if capacity is not None else None
-        return cls(lists.ids, lists.offset, lists.keys, **mask.geometry, overflow=overflow)
+        return cls(lists.ids, lists.offset, lists.keys, **mask.geometry, overflow=overflow, grouped=lists.grouped)
 
     @classmethod
     def from_lists(
@@ -217,6 +226,7 @@ class Plan:
             self.device,
             self.density_bucket,
             self.nearly_full,
+            self.grouped,
         )
 
     @functools.cached_property
@@ -328,7 +338,8 @@ class Plan:
             return why
         faults = _list_faults(self, counts)
         need(~faults["range"], f"id outside 0..{self.blocks_k - 1}")
-        need(~faults["order"], "ids not ascending")
+        order = "aligned runs first, then the rest, each ascending" if self.grouped else "ascending"
+        need(~faults["order"], f"ids not {order}")
         need(~faults["duplicate"], "duplicate ids")
         short = self.blocks_k * self.slice_n - self.seqlen_k
         expected = counts * self.slice_n - faults["lists_last"] * short
@@ -340,7 +351,7 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Writes the plan as a safetensors file with its geometry as metadata (needs the package safetensors)."""
         tensors = {name: getattr(self, name) for name in ("ids", "offset", "keys")}
-        storage.save(path, "plan", tensors, self.geometry)
+        storage.save(path, "plan", tensors, self.geometry | {"grouped": int(self.grouped)})
 
     @classmethod
     def load(cls, path: str | Path, device="cpu") -> Plan:
@@ -350,7 +361,7 @@ class Plan:
             PlanError: another kind of file, or lists that break the plan's rules.
         """
         tensors, geometry = storage.load(path, "plan", ("ids", "offset", "keys"), PlanError)
-        plan = cls(**tensors, **geometry)
+        plan = cls(**tensors, **geometry | {"grouped": bool(geometry.get("grouped"))})
         why = plan.validate()
         if why:
             raise PlanError(f"{path}: " + "; ".join(why))
@@ -366,7 +377,7 @@ class Plan:
         return (
             f"Plan({self.blocks_q} query blocks of {self.slice_m}, segments of {self.slice_n}, "
             f"seqlen {self.seqlen_q} x {self.seqlen_k}, batch {self.batch}, heads {self.heads}, "
-            f"capacity {self.capacity} ids, {self.nbytes} bytes, {self.device})"
+            f"capacity {self.capacity} ids{', grouped' * self.grouped}, {self.nbytes} bytes, {self.device})"
         )
 
 
@@ -390,14 +401,28 @@ def _list_faults(plan: Plan, counts: torch.Tensor) -> dict[str, torch.Tensor]:
     cells = torch.arange(max(2, int(counts.max())), device=plan.device)
     names = ("range", "order", "duplicate", "lists_last")
     found = {name: torch.zeros(plan.keys.numel(), dtype=torch.bool, device=plan.device) for name in names}
-    step = max(1, _CHUNK_CELLS // cells.numel())
+    step = max(1, _CHUNK_CELLS // max(cells.numel(), plan.blocks_k))
     for first in range(0, counts.shape[0], step):
         part = slice(first, first + step)
         listed = plan.ids[(offset[part] + cells).clamp(max=plan.ids.numel() - 1)]
         valid = cells < counts[part]
         found["range"][part] = (valid & ((listed < 0) | (listed >= plan.blocks_k))).any(-1)
-        found["order"][part] = (valid[:, 1:] & (listed[:, 1:] < listed[:, :-1])).any(-1)
+        rank = _group_rank(listed, valid, plan.blocks_k) if plan.grouped else listed
+        found["order"][part] = (valid[:, 1:] & (rank[:, 1:] < rank[:, :-1])).any(-1)
         ordered = torch.where(valid, listed, torch.iinfo(torch.int32).max).sort(-1).values
         found["duplicate"][part] = (valid[:, 1:] & (ordered[:, 1:] == ordered[:, :-1])).any(-1)
         found["lists_last"][part] = (valid & (listed == plan.blocks_k - 1)).any(-1)
     return {name: flags.view(plan.keys.shape) for name, flags in found.items()}
+
+
+def _group_rank(listed: torch.Tensor, valid: torch.Tensor, columns: int) -> torch.Tensor:
+    """Numbers that ascend along a grouped list: ids in aligned runs as they are, the others behind all of them.
+
+    Args:
+        listed: int32 (lists, n), ids; valid: bool (lists, n), which count.
+    """
+    octets = blocks_of(columns, LIST_ALIGN)
+    octet = torch.where(valid & (listed >= 0) & (listed < columns), listed.long() // LIST_ALIGN, octets)
+    size = torch.zeros(listed.shape[0], octets + 1, dtype=torch.int32, device=listed.device)
+    size.scatter_add_(1, octet, torch.ones_like(octet, dtype=torch.int32))
+    return listed.long() + columns * (size.gather(1, octet) != LIST_ALIGN)

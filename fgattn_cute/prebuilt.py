@@ -103,6 +103,8 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
                     continue
                 own = preset.spec(**facts)
                 found[own] = None
+                if n == 1:
+                    found[preset.spec(**facts, grouped=True)] = None
                 if own.softmax == "fixed_ref":
                     found[own.redo_spec()] = None
     return list(found)

@@ -68,7 +68,7 @@ def edit(text: str, preset_id: str, record: dict, name: str) -> str:
     entry = lines[first:last]
     for key, say in _FIELDS.items():
         entry = _set(entry, key, say(spec), needed=say(spec) != say(default))
-    if spec.kv_loads != "boxes":  # which follow from slice_n, whatever the preset says
+    if spec.kv_loads not in ("boxes", "octets"):  # which follow from the plan, whatever the preset says
         entry = _set(entry, "kv_loads", spec.kv_loads, needed=spec.kv_loads != default.kv_loads)
     entry = _set(entry, "registers", None, needed=False)  # the winner takes the default of its warp layout
     entry = _set(entry, "provenance", "measured", needed=True)

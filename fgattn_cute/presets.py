@@ -198,15 +198,18 @@ class GpuFacts:
     sources: dict[str, str]
 
 
-def loads_for(slice_n: int, scattered: str, nearly_full: bool = False) -> str:
+def loads_for(slice_n: int, scattered: str, nearly_full: bool = False, grouped: bool = False) -> str:
     """FwdSpec.kv_loads of a preset for a plan; docs/kernel.md has what each is worth.
 
     Args:
         slice_n: of the plan.
         scattered: the preset's own, for segments that boxes cannot bring.
         nearly_full: whether most tiles of the plan's lists are consecutive keys.
+        grouped: whether lists have their aligned runs of 8 keys first.
     """
-    return "boxes" if slice_n % BOX_ROWS == 0 else "runs" if nearly_full else scattered
+    if slice_n % BOX_ROWS == 0:
+        return "boxes"
+    return "octets" if grouped else "runs" if nearly_full else scattered
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -238,9 +241,15 @@ class Preset:
         """The entry that asks for nothing."""
         return self.when == When()
 
-    def spec(self, *, dtype: str, head_dim: int, slice_n: int = 1, nearly_full: bool = False) -> FwdSpec:
-        loads = loads_for(slice_n, self.fields["kv_loads"], nearly_full)
-        return FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, **self.fields | {"kv_loads": loads})
+    def spec(
+        self, *, dtype: str, head_dim: int, slice_n: int = 1, nearly_full: bool = False, grouped: bool = False
+    ) -> FwdSpec:
+        """The preset's kernel for a problem and plan of these facts, see ``loads_for``."""
+        loads = loads_for(slice_n, self.fields["kv_loads"], nearly_full, grouped)
+        spec = FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, **self.fields | {"kv_loads": loads})
+        if loads == "octets" and spec.reasons():
+            return dataclasses.replace(spec, kv_loads="gather")  # which reads lists of any order
+        return spec
 
     def specs(self):
         """The preset's kernels with the smallest slice_n: one for each dtype and head dim that it takes."""

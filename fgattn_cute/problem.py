@@ -26,6 +26,8 @@ class Problem:
     union_blocks: query blocks that share a list; 1 for a Plan.
     density_bucket: minus log2 of the kept fraction, rounded down, as the plan's allocation tells it without asking the
         device. None where that is not known.
+    nearly_full: whether eight ninths of all segments or more are kept, as the allocation tells it.
+    grouped: whether lists have their aligned runs of 8 keys first.
     """
 
     batch: int
@@ -47,6 +49,7 @@ class Problem:
     union_blocks: int = 1
     density_bucket: int | None = None
     nearly_full: bool = False
+    grouped: bool = False
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan, layout: str = "bshd") -> Problem:
@@ -72,6 +75,7 @@ class Problem:
             union_blocks=getattr(plan, "union_blocks", 1),
             density_bucket=getattr(plan, "density_bucket", None),
             nearly_full=getattr(plan, "nearly_full", False),
+            grouped=getattr(plan, "grouped", False),
         )
 
     @property

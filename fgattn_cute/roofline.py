@@ -63,7 +63,7 @@ def counts(spec: FwdSpec, keys: Iterable[int], *, slice_m: int, seqlen_q: int) -
     """What a launch does, from the spec and the lists alone.
 
     Args:
-        spec: not a redo spec. kv_loads runs counts as the gather: which tiles come as boxes is in the ids.
+        spec: not a redo spec. kv_loads runs and octets count as the gather: which tiles come as boxes is in the ids.
         keys: length of every list in keys, (batch, heads, blocks_q) flattened: query blocks fastest.
         slice_m, seqlen_q: of the plan.
     """
@@ -143,7 +143,7 @@ def instructions(spec: FwdSpec, artifact: cache.Artifact | None = None) -> Instr
 
 def known_instructions(spec: FwdSpec) -> Instructions:
     """The committed figures, else an estimate: the same on every machine, whatever its cache holds."""
-    # The loops of fp16, of other segments and of runs differ from these by a few instructions.
+    # The loops of fp16, of other segments, of runs and octets differ from these by a few instructions.
     boxes = spec.kv_loads == "boxes"
     slice_n = next((n for n in (64, 8) if boxes and spec.slice_n % n == 0), 1)
     for loads in ("boxes",) if boxes else ("gather", "runs"):

@@ -96,7 +96,7 @@ def _tuned(spec: FwdSpec, record: dict) -> Choice:
 def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
     """The shipped file's entry for every problem: what tuning candidates are compared with."""
     preset = _shipped(gpu.name).presets[-1]
-    spec = preset.spec(**_facts(problem))
+    spec = preset.spec(**_facts(problem), grouped=problem.grouped)
     if problem.union_blocks > 1 and spec.tile_m != problem.rows:
         budgets = {"consumer_registers": None, "producer_registers": None}
         spec = dataclasses.replace(spec, tile_m=problem.rows, **budgets)
@@ -124,13 +124,18 @@ def for_union(spec: FwdSpec, union_blocks: int) -> FwdSpec:
 
 
 def misfits(spec: FwdSpec, problem: Problem) -> list[str]:
-    """Why a spec's CTAs cannot serve the unions of a problem; empty where they can, and for plans without unions."""
-    if problem.union_blocks == 1 or spec.tile_m == problem.rows:
-        return []
-    return [
-        f"tile_m {spec.tile_m} is not the {problem.rows} rows of a union "
-        f"({problem.union_blocks} blocks of {problem.slice_m})"
-    ]
+    """Why a spec cannot serve the lists of a problem: one sentence each, empty where it can."""
+    why = []
+    if problem.union_blocks > 1 and spec.tile_m != problem.rows:
+        why.append(
+            f"tile_m {spec.tile_m} is not the {problem.rows} rows of a union "
+            f"({problem.union_blocks} blocks of {problem.slice_m})"
+        )
+    if problem.grouped and spec.kv_loads == "runs":
+        why.append("kv_loads runs reads ascending lists, and the plan's are grouped (Plan.from_mask: grouped=False)")
+    if spec.kv_loads == "octets" and not problem.grouped:
+        why.append("kv_loads octets reads grouped lists, and the plan's are not (Plan.from_mask: grouped=True)")
+    return why
 
 
 def runners_up(problem: Problem, gpu: Gpu, chosen: FwdSpec) -> list[RunnerUp]:
@@ -205,7 +210,7 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
         last += [("fallback", file, p) for p in taking if p.is_fallback]
     ranked = []
     for source, file, preset in meant + able + last:
-        spec = preset.spec(**facts, nearly_full=problem.nearly_full)
+        spec = preset.spec(**facts, nearly_full=problem.nearly_full, grouped=problem.grouped)
         if problem.union_blocks > 1:
             spec = for_union(spec, problem.union_blocks)
             if misfits(spec, problem) or spec.reasons():
@@ -272,7 +277,7 @@ def _by_id(problem: Problem, gpu: Gpu, preset_id: str) -> FwdSpec:
                     f"preset {preset_id} of {file.name} is not for {problem.dtype_name}, head_dim {problem.head_dim}, "
                     f"slice_n {problem.slice_n}"
                 )
-            return preset.spec(**_facts(problem))
+            return preset.spec(**_facts(problem), grouped=problem.grouped)
     legal = ", ".join(dict.fromkeys(p.id for file in files for p in file.presets))
     names = ", ".join(file.name for file in files)
     raise PresetError(f"no preset {preset_id!r} (legal: {legal})", file=names)

@@ -11,6 +11,7 @@ from fgattn_cute.errors import UnsupportedError
 
 FORMAT_VERSION = 1
 _GEOMETRY = ("slice_m", "slice_n", "seqlen_q", "seqlen_k")
+_OPTIONAL = ("grouped",)  # numbers that a file may lack
 
 
 def _safetensors():
@@ -54,7 +55,7 @@ def load(path: str | Path, kind: str, names: tuple[str, ...], error: type) -> tu
         found = f"{metadata.get('fgattn', 'no')} version {metadata.get('version', '?')}"
         raise error(f"{path} is not a saved {kind} (format {FORMAT_VERSION}): it holds {found} with {sorted(present)}")
     try:
-        geometry = {name: int(metadata[name]) for name in _GEOMETRY}
+        geometry = {name: int(metadata[name]) for name in (*_GEOMETRY, *(n for n in _OPTIONAL if n in metadata))}
     except (KeyError, ValueError) as cause:
         raise error(f"{path}: the metadata lacks a whole number for {cause}") from cause
     return tensors, geometry

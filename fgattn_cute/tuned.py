@@ -41,6 +41,7 @@ def key_of(problem: Problem, gpu: Gpu) -> dict:
         "slice_n": problem.slice_n,
         "union_blocks": problem.union_blocks,
         "density_bucket": problem.density_bucket,
+        "grouped": problem.grouped,
         "seqlen_q_bucket": problem.seqlen_q.bit_length(),
         "seqlen_k_bucket": problem.seqlen_k.bit_length(),
         "blocks_bucket": (problem.batch * problem.heads * problem.blocks_q).bit_length(),

@@ -87,7 +87,7 @@ class UnionPlan:
         parts = words.gather(2, row).unflatten(2, blocks.shape[2:])
         union = functools.reduce(torch.bitwise_or, parts.unbind(3))
         geometry = {**mask.geometry, "slice_m": rows}
-        lists = Plan.from_mask(SliceMask(union.contiguous(), **geometry))
+        lists = Plan.from_mask(SliceMask(union.contiguous(), **geometry), grouped=False)
         words = parts.flatten(0, 2).contiguous()
         members = _pack(lists, words, backend or device_masks.backend_of(mask.bits))
         return cls(lists, members, blocks.flatten(0, 2).to(torch.int32).contiguous(), mask.slice_m)

@@ -172,9 +172,9 @@ class RunLoader(GatherLoader):
         segments = cute.ceil_div(work.num_keys, self.spec.slice_n)
         span = mList[segments - 1] - mList[0] + 1
         if span - segments <= segments // NEARLY_FULL:
-            it = self.load_list(work, mList, it, items, True)
+            it = self.load_list(work, mList, 0, it, items, True)
         else:
-            it = self.load_list(work, mList, it, items, False)
+            it = self.load_list(work, mList, 0, it, items, False)
         return it
 
     def new_run(self, work, head_kv: Int32) -> Run:

@@ -4,6 +4,8 @@
 One warp owns one row of bits, that is one list. ``CountBits`` measures every list, the host side adds the lengths up
 without reading them, and ``WriteIds`` fills the lists. Ids come out ascending because columns are visited in order, and
 the same bits always give the same lists: nothing is shared between warps.
+
+An aligned run is eight neighbouring columns that one byte of bits holds, all set. Lists can have those first.
 """
 
 import cuda.bindings.driver as cuda
@@ -34,6 +36,14 @@ def word_of(mBits: cute.Tensor, row: Int32, column: Int32) -> Int32:
     return word
 
 
+@cute.jit
+def full_bytes(word: Int32) -> Int32:
+    """The bits of a word whose whole byte is set."""
+    halves = word & (word >> 4)
+    quarters = halves & (halves >> 2)
+    return (quarters & (quarters >> 1) & 0x01010101) * 0xFF
+
+
 class CountBits:
     """Length of every list, in segments and in keys."""
 
@@ -41,7 +51,7 @@ class CountBits:
     def __call__(
         self,
         mBits: cute.Tensor,  # (rows, words) int32
-        mCounts: cute.Tensor,  # (rows,) int64 out: set bits
+        mCounts: cute.Tensor,  # (rows,) int64 out: set bits, and in the high half those in aligned runs
         mKeys: cute.Tensor,  # (rows,) int32 out: keys behind them, a segment that crosses the sequence's end cut
         last_column: Int32,  # the segment that may cross it
         slice_n: Int32,
@@ -66,14 +76,17 @@ class CountBits:
     ):
         row, lane = own_row(), cute.arch.lane_idx()
         if row < mBits.shape[0]:
-            count = Int32(0)
+            count, runs = Int32(0), Int32(0)
             for base in cutlass.range(0, mBits.shape[1], WARP, unroll=4):
-                count += cute.arch.popc(word_of(mBits, row, base + lane))
+                word = word_of(mBits, row, base + lane)
+                count += cute.arch.popc(word)
+                runs += cute.arch.popc(full_bytes(word))
             for distance in cutlass.range_constexpr(5):
                 count += cute.arch.shuffle_sync_bfly(count, 1 << distance)
+                runs += cute.arch.shuffle_sync_bfly(runs, 1 << distance)
             is_cut = (word_of(mBits, row, last_column >> 5) >> (last_column & 31)) & 1
             if lane == 0:
-                mCounts[row] = Int64(count)
+                mCounts[row] = Int64(runs) << 32 | Int64(count)
                 mKeys[row] = count * slice_n - is_cut * shortfall
 
 
@@ -85,7 +98,8 @@ class WriteIds:
         self,
         mBits: cute.Tensor,  # (rows, words) int32
         mOffset: cute.Tensor,  # (rows,) int64, start of each list, multiples of 8, ascending
-        mCounts: cute.Tensor,  # (rows,) int64, ids to write: the row's first set bits
+        mCounts: cute.Tensor,  # (rows,) int64, ids to write: the row's first set bits. Where the high half is not zero,
+        # the ids of aligned runs come first, so many, then the others; all of the row's then.
         mIds: cute.Tensor,  # (n,) int32 out, 32-byte aligned, n a multiple of 8 and past the end of every list
         stream: cuda.CUstream,
     ):
@@ -100,13 +114,17 @@ class WriteIds:
         row, lane = own_row(), cute.arch.lane_idx()
         rows = mBits.shape[0]
         if row < rows:
-            count = Int32(mCounts[row])
+            packed = mCounts[row]
+            count, runs = Int32(packed), Int32(packed >> 32)
             mList = cute.make_tensor(mIds.iterator + mOffset[row], cute.make_layout(1 << 30))
-            self.write_list(mBits, mList, row, count, lane)
+            if runs == 0:
+                self.write_list(mBits, mList, row, count, lane)
+            else:
+                self.write_grouped(mBits, mList, row, runs, lane)
             # The list's own padding; a list that was cut has none.
             if lane < LIST_ALIGN - 1 and (count + lane) // LIST_ALIGN == (count - 1) // LIST_ALIGN and count > 0:
                 mList[count + lane] = Int32(0)
-        end = (mOffset[rows - 1] + mCounts[rows - 1] + (LIST_ALIGN - 1)) // LIST_ALIGN * LIST_ALIGN
+        end = (mOffset[rows - 1] + Int64(Int32(mCounts[rows - 1])) + (LIST_ALIGN - 1)) // LIST_ALIGN * LIST_ALIGN
         self.clear(mIds, end, row, lane)
 
     @cute.jit
@@ -130,6 +148,34 @@ class WriteIds:
                     if (together >> lane) & 1 != 0 and place < count:
                         mList[place] = (base + j) * WORD_BITS + lane
             done += total
+
+    @cute.jit
+    def write_grouped(self, mBits: cute.Tensor, mList: cute.Tensor, row: Int32, runs: Int32, lane: Int32):
+        """All set columns of a row: those of aligned runs to the first ``runs`` places, the others behind them.
+
+        As ``write_list``, with two counts in one number: the low half for columns of no run, the high one for others.
+        """
+        run_place, place = Int32(0), runs
+        for base in cutlass.range(0, mBits.shape[1], WARP, unroll=1):
+            word = word_of(mBits, row, base + lane)
+            in_runs = cute.arch.popc(full_bytes(word))
+            own = (in_runs << 16) + (cute.arch.popc(word) - in_runs)
+            rank = self.inclusive_sum(own, lane)
+            total = cute.arch.shuffle_sync(rank, WARP - 1)
+            rank -= own
+            if total > 0:
+                below = Int32(cute.arch.lanemask_lt())
+                for j in cutlass.range_constexpr(WARP):
+                    together = cute.arch.shuffle_sync(word, j)
+                    before = cute.arch.shuffle_sync(rank, j)
+                    full = full_bytes(together)
+                    target = place + (before & 0xFFFF) + cute.arch.popc(together & ~full & below)
+                    if (full >> lane) & 1 != 0:
+                        target = run_place + (before >> 16) + cute.arch.popc(full & below)
+                    if (together >> lane) & 1 != 0:
+                        mList[target] = (base + j) * WORD_BITS + lane
+            run_place += total >> 16
+            place += total & 0xFFFF
 
     @cute.jit
     def inclusive_sum(self, value: Int32, lane: Int32) -> Int32:

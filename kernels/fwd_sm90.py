@@ -2,8 +2,8 @@
 """FgAttnForwardSm90: attention of M queries to their own gathered list of keys, for Hopper (sm_90a).
 
 This file lays out operands, makes the TMA atoms, launches, and gives each warp its role; the roles have files of their
-own. Reading order: spec.py, schedule.py, phases.py, scheduler.py, gather.py, loader.py, softmax.py, mainloop.py,
-epilogue.py.
+own. Reading order: spec.py, schedule.py, phases.py, scheduler.py, gather.py, loader.py, boxes.py, octets.py, softmax.py,
+mainloop.py, epilogue.py.
 """
 
 import math
@@ -21,10 +21,11 @@ from .consumer import Consumer
 from .epilogue import Epilogue
 from .loader import GatherLoader
 from .mainloop import Mainloop
+from .octets import OctetLoader
 from .schedule import make_pipes
 from .scheduler import Scheduler
 from .smem import element_type, operand_layouts, operand_tile, storage_struct
-from .spec import BOX_ROWS, ELEMENT_BYTES, WARP_ROWS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
+from .spec import ELEMENT_BYTES, WARP_ROWS, WARPGROUP_THREADS, WGMMA_ROWS, FwdSpec
 
 LOG2_E = math.log2(math.e)
 SMALLEST_SCALE = 2.0**-126
@@ -66,7 +67,7 @@ class FgAttnForwardSm90:
     ):
         spec = self.spec
         mQ, mK, mV, mO = (sequence_first(t) for t in (mQ, mK, mV, mO))
-        layouts = operand_layouts(spec, atoms_first=spec.kv_loads == "boxes" and spec.box_rows == BOX_ROWS)
+        layouts = operand_layouts(spec, spec.atoms_first)
         mma_qk = sm90_utils.make_trivial_tiled_mma(
             self.dtype,
             self.dtype,
@@ -201,8 +202,8 @@ class FgAttnForwardSm90:
             if const_expr(spec.kv_loads == "boxes"):
                 loader = BoxLoader(*role)
                 loader.bind_kv(*boxes, mIds)
-            elif const_expr(spec.kv_loads == "runs"):
-                loader = RunLoader(*role)
+            elif const_expr(spec.kv_loads != "gather"):
+                loader = (OctetLoader if spec.kv_loads == "octets" else RunLoader)(*role)
                 loader.bind_kv((mK, sK, k_row_bytes), (mV, sV, v_row_bytes), mIds, last_key)
                 loader.bind_boxes(*boxes)
             else:

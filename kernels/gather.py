@@ -16,6 +16,7 @@ from cutlass import Int32, Int64, const_expr
 
 from .ptx import cp_async_16, cp_async_16_or_zero, unsigned_divmod
 from .smem import swizzled_chunk
+from .spec import BOX_ROWS
 
 
 class Positions:
@@ -79,7 +80,10 @@ class Gather:
     def smem_offset(self, thread: Int32) -> Int32:
         """Byte offset of this thread's first chunk inside a tile."""
         g = self.group(thread)
-        return g * self.spec.swizzle_bytes + swizzled_chunk(self.spec, g, self.chunk(thread)) * 16
+        line = g
+        if const_expr(self.spec.atoms_first):
+            line = g + g // BOX_ROWS * (BOX_ROWS * (self.spec.atoms_per_row - 1))
+        return line * self.spec.swizzle_bytes + swizzled_chunk(self.spec, g, self.chunk(thread)) * 16
 
     @cute.jit
     def load_ids(self, ids: cute.Tensor, mList: cute.Tensor, tile: Int32, group: Int32):
@@ -138,10 +142,14 @@ class Gather:
         """Issue the copies of one tile. Positions past the list's end are zero-filled and read nothing."""
         spec = self.spec
         num_mine = num_valid - group * self.positions.stride()
+        # Lines of a swizzle atom from row to row of this thread, and from atom to atom of a row.
+        row_step, atom_step = spec.row_groups, spec.tile_n
+        if const_expr(spec.atoms_first):
+            row_step, atom_step = spec.row_groups * spec.atoms_per_row, BOX_ROWS
         for m in cutlass.range_constexpr(spec.rows_per_thread):
             source = global_addr + Int64(rows[m]) * Int64(row_bytes)
             for a in cutlass.range_constexpr(spec.atoms_per_row):
-                target = smem_addr + (m * spec.row_groups + a * spec.tile_n) * spec.swizzle_bytes
+                target = smem_addr + (m * row_step + a * atom_step) * spec.swizzle_bytes
                 chunk = source + a * spec.swizzle_bytes
                 if const_expr(whole):
                     cp_async_16(target, chunk, self.l2_prefetch_bytes)

@@ -87,12 +87,14 @@ class Loader:
 
 
 class GatherLoader(Loader):
-    """Producer of kv_loads gather and runs."""
+    """Producer of kv_loads gather; those of runs and octets build on it."""
 
     def __init__(self, spec, *role):
         super().__init__(spec, *role)
         self.gather = Gather(spec)
         self.group = self.gather.group(self.thread)
+        # With tiles before the gathered ones, eight rows a thread leave 32 registers no room in a list's first tile.
+        self.is_tight = spec.kv_loads == "octets" and spec.producer_registers <= 32 and spec.rows_per_thread > 6
 
     def bind_kv(self, k, v, mIds, last_key):
         """k, v: (global tensor (S, D, H, B), shared tiles, bytes from row to row); last_key: Sk - 1."""
@@ -106,11 +108,16 @@ class GatherLoader(Loader):
         Returns the new number of tiles.
         """
         mList = cute.make_tensor(self.mIds.iterator + work.list_start, cute.make_layout(1 << 30))
-        return self.load_list(work, mList, it, items, False)
+        return self.load_list(work, mList, 0, it, items, False)
 
     @cute.jit
-    def load_list(self, work, mList: cute.Tensor, it: Int32, items: Int32, runs: cutlass.Constexpr[bool]) -> Int32:
-        """As ``load_item``. runs: whether tiles of consecutive keys may come as boxes."""
+    def load_list(
+        self, work, mList: cute.Tensor, first: Int32, it: Int32, items: Int32, runs: cutlass.Constexpr[bool]
+    ) -> Int32:
+        """The tiles of an item from its ``first`` on, and Q unless ``items`` is None.
+
+        Arguments and result as for ``load_item``. runs: whether tiles of consecutive keys may come as boxes.
+        """
         tile_n = self.spec.tile_n
         last = cute.ceil_div(work.num_keys, tile_n) - 1
         head_kv = self.head_kv(work, self.k[0])
@@ -120,23 +127,31 @@ class GatherLoader(Loader):
         rows = cute.make_rmem_tensor((self.spec.rows_per_thread,), Int32)
         run = self.new_run(work, head_kv) if const_expr(runs) else None
 
-        self.read_ids(ids, run, mList, Int32(0))
-        self.expand(rows, run, ids, Int32(0), work.num_keys)
+        num_valid = work.num_keys - first * tile_n
+        self.read_ids(ids, run, mList, Int32(first))
+        self.expand(rows, run, ids, Int32(first), num_valid)
         self.pipe_k.acquire(it)
-        self.copy(0, it, k, rows, run, work.num_keys, False)
+        if const_expr(self.is_tight):
+            self.pipe_v.acquire(it)
+        self.copy(0, it, k, rows, run, num_valid, False)
         # From here on the ids of the next tile are read one tile ahead, so that their latency hides behind the copies.
-        self.read_ids(ids, run, mList, cutlass.min(1, last))
-        if self.warp == 0:
-            self.load_q(work, items)
+        if const_expr(not self.is_tight):
+            self.read_ids(ids, run, mList, cutlass.min(first + 1, last))
+        if const_expr(items is not None):
+            if self.warp == 0:
+                self.load_q(work, items)
         self.publish(self.pipe_k, it, 0)
-        self.pipe_v.acquire(it)
-        self.copy(1, it, v, rows, run, work.num_keys, False)
-        for i in cutlass.range(1, last, unroll=1):
+        if const_expr(not self.is_tight):
+            self.pipe_v.acquire(it)
+        self.copy(1, it, v, rows, run, num_valid, False)
+        if const_expr(self.is_tight):
+            self.read_ids(ids, run, mList, cutlass.min(first + 1, last))
+        for i in cutlass.range(first + 1, last, unroll=1):
             self.expand(rows, run, ids, i, tile_n)
             self.read_ids(ids, run, mList, i + 1)
             self.load_pair(it, k, v, rows, run, tile_n, True)
             it += 1
-        if last > 0:
+        if last > first:
             self.expand(rows, run, ids, last, work.num_keys - last * tile_n)
             self.load_pair(it, k, v, rows, run, work.num_keys - last * tile_n, False)
             it += 1

@@ -117,6 +117,13 @@ class Pipe:
             cute.arch.mbarrier_arrive_and_expect_tx(self.full + self.slot(i), num_bytes)
 
     @cute.jit
+    def arrive_all_and_expect(self, i: Int32, num_bytes: cutlass.Constexpr[int], arrivals: cutlass.Constexpr[int]):
+        """As ``arrive_and_expect``, for so many threads at once (PTX ISA: mbarrier.arrive, count)."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_expect_tx(self.full + self.slot(i), num_bytes)
+            cute.arch.mbarrier_arrive(self.full + self.slot(i), arrive_count=arrivals)
+
+    @cute.jit
     def arrive_when_copied(self, i: Int32):
         """Producer: arrive for this thread once its earlier cp.async have landed (no fence included)."""
         cute.arch.cp_async_mbarrier_arrive_noinc(self.full + self.slot(i))

@@ -16,7 +16,7 @@ Q_SOURCES = ("smem", "registers")
 SCHEDULERS = ("grid", "persistent")
 REFERENCE_SCALINGS = ("once", "per_tile")
 PROXY_FENCES = ("producer", "consumer")
-KV_LOADS = ("gather", "boxes", "runs")
+KV_LOADS = ("gather", "boxes", "runs", "octets")
 
 SMEM_LIMIT_BYTES = 232_448  # opt-in shared memory of one CTA on sm_90 (227 KiB)
 SMEM_PER_SM_BYTES = 233_472  # 228 KiB, of which the driver reserves 1 KiB per resident CTA
@@ -62,7 +62,8 @@ class FwdSpec:
         result is the same; the code that ptxas makes of it is not (see softmax.py).
     proxy_fence: which role orders the generic-proxy writes of cp.async before the async-proxy reads of WGMMA.
     kv_loads: how K and V rows come in. "gather" copies every row by cp.async; "boxes" fetches segments by TMA, for
-        slice_n that are multiples of 8; "runs" gathers, but takes a tile of consecutive keys as one TMA box.
+        slice_n that are multiples of 8; "runs" gathers, but takes a tile of consecutive keys as one TMA box; "octets"
+        is for slice_n 1 and grouped plans: tiles of aligned runs of 8 keys come as boxes, the rest is gathered.
     consumer_registers, producer_registers: setmaxnreg targets; None takes the measured default of the warp layout.
     union_blocks: query blocks of the mask that share a CTA and one list, the union of theirs; 1 where a CTA serves one
         block. A block has tile_m / union_blocks rows, and a key counts only for the blocks that keep it.
@@ -132,7 +133,9 @@ class FwdSpec:
     # ---- TMA boxes of K and V ---------------------------------------------------------------------------------------
     @property
     def box_rows(self) -> int:
-        """Keys of one TMA box: a tile of a run, or what divides both a segment and a tile."""
+        """Keys of one TMA box: a tile of a run, an aligned run of 8, or what divides both a segment and a tile."""
+        if self.kv_loads == "octets":
+            return BOX_ROWS
         return self.tile_n if self.kv_loads == "runs" else math.gcd(self.slice_n, self.tile_n)
 
     @property
@@ -143,6 +146,11 @@ class FwdSpec:
         row lie side by side. One otherwise, because WGMMA wants the 8-row groups at one stride.
         """
         return self.atoms_per_row if self.box_rows in (BOX_ROWS, self.tile_n) else 1
+
+    @property
+    def atoms_first(self) -> bool:
+        """Whether the atoms of a row lie side by side in K and V tiles, as boxes of 8 rows want it."""
+        return self.kv_loads in ("boxes", "octets") and self.box_rows == BOX_ROWS
 
     @property
     def boxes_per_tile(self) -> int:
@@ -241,7 +249,11 @@ class FwdSpec:
             )
         if self.kv_loads != "gather":
             need(
-                self.kv_loads == "runs" or self.box_rows % BOX_ROWS == 0,
+                self.kv_loads != "octets" or self.slice_n == 1,
+                f"kv_loads octets is for lists of single keys, not for a slice_n of {self.slice_n}",
+            )
+            need(
+                self.kv_loads != "boxes" or self.box_rows % BOX_ROWS == 0,
                 f"kv_loads boxes needs a slice_n and a tile_n that share a factor of {BOX_ROWS}, "
                 f"not {self.slice_n} and {self.tile_n}",
             )
@@ -290,7 +302,8 @@ class FwdSpec:
         """The kernel that recomputes the rows a fixed_ref launch has poisoned.
 
         Its producer walks from item to item, for which 32 registers are too few: with one consumer warpgroup it has the
-        default ones; with three and seven rows a thread or more (D = 64), 56 and at most seven rows.
+        default ones; with three and seven rows a thread or more (D = 64), 56 and at most seven rows. The gather reads
+        grouped lists as well as any.
         """
         registers = {}
         if self.consumer_warpgroups == 1:
@@ -306,6 +319,7 @@ class FwdSpec:
             q_source="smem",
             ping_pong=False,
             scale_reference="once",
+            kv_loads="gather" if self.kv_loads == "octets" else self.kv_loads,
             redo=True,
         )
 

@@ -189,7 +189,7 @@ def test_explain_with_a_spec_of_ones_own():
     assert any(r.preset_id == "m64-d64" for r in told.runners_up)
 
 
-@pytest.mark.parametrize("slice_n, loads", [(1, "gathered, runs by TMA"), (8, "by TMA boxes")])
+@pytest.mark.parametrize("slice_n, loads", [(1, "gathered, aligned runs of 8 keys by TMA"), (8, "by TMA boxes")])
 def test_explain_says_how_keys_come(slice_n, loads):
     q = torch.zeros(1, 200, 1, 128, dtype=torch.bfloat16)
     mask = fg.SliceMask.full(slice_m=192, slice_n=slice_n, seqlen_q=200, seqlen_k=200)

@@ -76,6 +76,8 @@ def expected_instructions(spec):
         copies, by_tma = 0, 2 * spec.boxes_per_tile // spec.box_warps * boxes // spec.box_atoms
     elif spec.kv_loads == "runs":  # one loop for scattered lists, and one for nearly full ones
         copies, by_tma = 2 * copies, SITES * 2
+    elif spec.kv_loads == "octets":  # either half of the warps issues every other box of its side
+        by_tma = spec.boxes_per_tile
     return {
         "HGMMA": SITES * (d_steps + n_steps),
         "WARPGROUP.ARRIVE": 2 * SITES,
@@ -159,6 +161,22 @@ def unions():
 
 @pytest.mark.parametrize("spec", list(unions()))
 def test_unions(spec):
+    check(spec)
+
+
+def octets():
+    """Every preset's kernel for grouped lists: quick those of three warpgroups, whose producer has 32 registers."""
+    for preset in presets.builtin("h200").presets:
+        for spec in preset.specs():
+            grouped = preset.spec(dtype=spec.dtype, head_dim=spec.head_dim, grouped=True)
+            if grouped.kv_loads == "octets":
+                fast = grouped.tile_m == 192 and grouped.softmax == "fixed_ref" and grouped.head_dim in (64, 128)
+                marks = () if fast else (pytest.mark.slow,)
+                yield pytest.param(grouped, id=f"{preset.id}-{spec.dtype}-d{spec.head_dim}", marks=marks)
+
+
+@pytest.mark.parametrize("spec", list(octets()))
+def test_octets(spec):
     check(spec)
 
 

@@ -25,26 +25,29 @@ GEOMETRIES = {
 }
 
 
-def random_mask(geometry, density):
-    """Kept slices at random, the last column often, and every third block empty."""
+def random_mask(geometry, density, octets=0.0):
+    """Kept slices at random, the last column often, every third block empty, and a share of all octets kept."""
     batch, heads, seqlen_q, seqlen_k, slice_m, slice_n = geometry
     keep = torch.rand(batch, heads, -(-seqlen_q // slice_m), -(-seqlen_k // slice_n)) < density
+    whole = torch.rand(*keep.shape[:3], keep.shape[3] // 8 + 1) < octets
+    keep |= whole.repeat_interleave(8, 3)[..., : keep.shape[3]]
     keep[..., -1] |= torch.rand(keep.shape[:-1]) < 0.5
     keep[..., 2::3, :] = False
     return SliceMask.from_dense(keep, slice_m=slice_m, slice_n=slice_n, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
 
 
-def on_emulator(mask, capacity, seed=0) -> Lists:
+def on_emulator(mask, capacity, seed=0, grouped=None) -> Lists:
     torch.use_deterministic_algorithms(True)  # torch.empty comes filled: nothing is right by accident
     try:
         with emulator.session(seed=seed):
-            return compact(mask, capacity, "emulator")
+            return compact(mask, capacity, "emulator", grouped)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def assert_same(got: Lists, wanted: Lists):
-    for name in Lists._fields:
+    assert got.grouped == wanted.grouped
+    for name in ("ids", "offset", "keys", "overflow"):
         mine, theirs = getattr(got, name), getattr(wanted, name)
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
 
@@ -54,6 +57,21 @@ def assert_same(got: Lists, wanted: Lists):
 def test_same_lists_as_torch(geometry, density):
     mask = random_mask(geometry, density)
     assert_same(on_emulator(mask, None), compact(mask, None, "torch"))
+
+
+@pytest.mark.parametrize("density, octets", [(0.02, 0.3), (0.3, 0.3), (0.5, 0.0), (1.0, 0.0)])
+@pytest.mark.parametrize("geometry", [name for name in GEOMETRIES if name[:8] != "segments"])
+def test_same_grouped_lists_as_torch(geometry, density, octets):
+    mask = random_mask(GEOMETRIES[geometry], density, octets)
+    got = on_emulator(mask, None, grouped=True)
+    assert_same(got, compact(mask, None, "torch", grouped=True))
+    plain = compact(mask, None, "torch", grouped=False)
+    assert torch.equal(got.offset, plain.offset) and torch.equal(got.keys, plain.keys)
+    ids, offset = got.ids.tolist(), got.offset.flatten().tolist()
+    for row, start in zip(mask.to_dense().flatten(0, 2).tolist(), offset, strict=True):
+        listed = ids[start : start + sum(row)]
+        runs = [c for c in range(len(row)) if all(row[c // 8 * 8 :][:8]) and c // 8 * 8 + 8 <= len(row)]
+        assert listed == runs + [c for c, kept in enumerate(row) if kept and c not in runs]
 
 
 @pytest.mark.parametrize("room", [0.0, 0.3, 0.9, 1.0, 3.0])

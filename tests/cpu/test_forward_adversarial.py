@@ -63,7 +63,7 @@ def vectors(spec, queries, octaves, extra=0.0):
     q[..., 0], k[..., 0] = queries[None, :, None], octaves[None, :, None]
     v = torch.randn(1, len(octaves), 1, 64) + extra
     plan = fg.SliceMask.full(slice_m=spec.tile_m, slice_n=spec.slice_n, seqlen_q=len(queries), seqlen_k=len(octaves))
-    return q.to(dtype), k.to(dtype), v.to(dtype), fg.Plan.from_mask(plan)
+    return q.to(dtype), k.to(dtype), v.to(dtype), fg.Plan.from_mask(plan, grouped=spec.kv_loads == "octets")
 
 
 def assert_tight(out, lse, q, k, v, plan, scale, rows=slice(None)):
@@ -198,6 +198,7 @@ REDONE = {
     "grid": ({}, 2),
     "persistent": ({"scheduler": "persistent"}, 1),
     "runs": ({"kv_loads": "runs"}, 1),
+    "octets": ({"kv_loads": "octets"}, 1),
     "boxes": ({"kv_loads": "boxes", "slice_n": 8}, 1),
 }
 
@@ -214,7 +215,8 @@ def test_redo_recomputes_the_poisoned_blocks_and_touches_no_other(fields, num_sm
     first = only_first_pass(q, k, v, plan, spec=spec, **arguments)
     assert poisoned_rows(first.lse).nonzero()[:, 2].tolist() == list(bad_rows)
     both = emulate(q, k, v, plan, spec=spec, **arguments)
-    exact = emulate(q, k, v, plan, spec=dataclasses.replace(spec, softmax="exact", scheduler="grid"), **arguments)
+    like_redo = {"softmax": "exact", "scheduler": "grid", "kv_loads": spec.redo_spec().kv_loads}
+    exact = emulate(q, k, v, plan, spec=dataclasses.replace(spec, **like_redo), **arguments)
     for block in range(6):
         rows = slice(64 * block, 64 * block + 64)
         source = exact if block in (1, 5) else first

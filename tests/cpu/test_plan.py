@@ -32,7 +32,7 @@ def lists_of(plan):
 def test_dense_mask_plan_round_trip(case):
     keep, geometry = case
     mask = SliceMask.from_dense(keep, **geometry)
-    plan = Plan.from_mask(mask)
+    plan = Plan.from_mask(mask, grouped=False)
     assert lists_of(plan) == [row.nonzero().flatten().tolist() for row in keep.flatten(0, 2)]
     tokens = expand_to_tokens(keep, geometry)
     assert plan.density == mask.density == int(tokens.sum()) / tokens.numel()
@@ -65,9 +65,63 @@ def test_from_lists_equals_from_mask(case):
         row = keep[tuple(index)].nonzero().flatten()
         ids[tuple(index)][: row.numel()] = row
     plan = Plan.from_lists(ids, counts, **geometry)
-    other = Plan.from_mask(SliceMask.from_dense(keep, **geometry))
+    other = Plan.from_mask(SliceMask.from_dense(keep, **geometry), grouped=False)
     for name in ("ids", "offset", "keys"):
         assert torch.equal(getattr(plan, name), getattr(other, name))
+
+
+def grouped_order(row):
+    """The columns of a bool list: those of whole kept octets, then the others."""
+    in_run = lambda column: column // 8 < len(row) // 8 and all(row[column // 8 * 8 + i] for i in range(8))
+    kept = [column for column, keep in enumerate(row) if keep]
+    return sorted(kept, key=lambda column: (not in_run(column), column)), sum(map(in_run, kept))
+
+
+@settings(deadline=None, max_examples=60)
+@given(maps(slice_ns=(1,)))
+def test_grouped_lists_have_their_aligned_runs_first(case):
+    keep, geometry = case
+    mask = SliceMask.from_dense(keep, **geometry)
+    plan = Plan.from_mask(mask, grouped=True)
+    expected = [grouped_order(row) for row in keep.flatten(0, 2).tolist()]
+    assert plan.grouped and lists_of(plan) == [columns for columns, _ in expected]
+    assert plan.to_mask() == mask and plan.validate() == []
+    plain = Plan.from_mask(mask, grouped=False)
+    assert not plain.grouped and plain.signature != plan.signature
+    assert torch.equal(plain.keys, plan.keys) and torch.equal(plain.offset, plan.offset)
+    # Unless told, lists are grouped where half of all keys or more stand in runs.
+    in_runs, total = sum(runs for _, runs in expected), int(keep.sum())
+    assert Plan.from_mask(mask).grouped == (total > 0 and 2 * in_runs >= total)
+
+
+def test_what_is_never_grouped():
+    geometry = {**GEOMETRY, "slice_n": 1}
+    full = SliceMask.full(**geometry)
+    assert Plan.from_mask(full).grouped and "grouped" in repr(Plan.from_mask(full))
+    assert not Plan.from_mask(full, capacity=1000).grouped
+    assert not Plan.from_mask(SliceMask.full(**GEOMETRY)).grouped
+    assert not Plan.from_mask(SliceMask.empty(**geometry)).grouped
+    for mask, capacity in ((full, 1000), (SliceMask.full(**GEOMETRY), None)):
+        with pytest.raises(PlanError, match="grouped for slice_n 1 without a capacity"):
+            Plan.from_mask(mask, capacity, grouped=True)
+    plan = Plan.from_mask(SliceMask.full(**GEOMETRY))
+    with pytest.raises(PlanError, match="segments of 4 keys are not grouped"):
+        Plan(plan.ids, plan.offset, plan.keys, **GEOMETRY, grouped=True)
+
+
+def test_validate_knows_the_order_of_grouped_lists():
+    geometry = {"slice_m": 16, "slice_n": 1, "seqlen_q": 16, "seqlen_k": 37}
+    keep = torch.zeros(1, 1, 1, 37, dtype=torch.bool)
+    keep[..., 3] = keep[..., 8:16] = keep[..., 24:37] = True
+    plan = Plan.from_mask(SliceMask.from_dense(keep, **geometry), grouped=True)
+    assert lists_of(plan) == [[*range(8, 16), *range(24, 32), 3, *range(32, 37)]]
+    plain = Plan.from_mask(SliceMask.from_dense(keep, **geometry), grouped=False)
+    for ids, grouped, words in (
+        (plan.ids, False, "ids not ascending"),
+        (plain.ids, True, "ids not aligned runs first, then the rest, each ascending"),
+    ):
+        said = Plan(ids, plan.offset, plan.keys, **geometry, grouped=grouped).validate()
+        assert [why.split(":")[0] for why in said] == [words]
 
 
 def test_compaction_in_chunks_is_the_same(monkeypatch):
@@ -165,6 +219,10 @@ def test_storage_round_trip(tmp_path):
     assert back.geometry == GEOMETRY
     for name in ("ids", "offset", "keys"):
         assert torch.equal(getattr(back, name), getattr(plan, name))
+    assert not back.grouped
+    full = Plan.from_mask(SliceMask.full(**{**GEOMETRY, "slice_n": 1}))
+    full.save(tmp_path / "grouped.safetensors")
+    assert full.grouped and Plan.load(tmp_path / "grouped.safetensors").grouped
     (tmp_path / "noise").write_bytes(b"not a file of tensors")
     with pytest.raises(PlanError, match="is not a safetensors file"):
         Plan.load(tmp_path / "noise")

@@ -15,7 +15,7 @@ from fgattn_cute.select import runners_up, select
 H200 = gpu.Gpu("NVIDIA H200", (9, 0), 132, 50 << 20, "test")
 
 
-def problem(slice_m=128, head_dim=128, dtype=torch.bfloat16, slice_n=1, seqlen=1000):
+def problem(slice_m=128, head_dim=128, dtype=torch.bfloat16, slice_n=1, seqlen=1000, **plan):
     strides = (seqlen * 2 * head_dim, 2 * head_dim, head_dim, 1)
     return Problem(
         batch=1,
@@ -34,6 +34,7 @@ def problem(slice_m=128, head_dim=128, dtype=torch.bfloat16, slice_n=1, seqlen=1
         slice_n=slice_n,
         plan_batch=1,
         plan_heads=2,
+        **plan,
     )
 
 
@@ -193,3 +194,36 @@ def test_facts_of_a_cuda_device(monkeypatch):
     gpu._properties.cache_clear()
     assert found == gpu.Gpu("NVIDIA H100 PCIe", (9, 0), 114, 52428800, "cuda:3")
     assert found.reasons() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("slice_m", [64, 128, 192])
+def test_grouped_lists_take_octets(slice_m, head_dim, dtype):
+    """By every preset, full lists too; scattered lists never do."""
+    for nearly_full in (False, True):
+        lists = {"slice_m": slice_m, "head_dim": head_dim, "dtype": dtype, "nearly_full": nearly_full}
+        assert select(problem(**lists, grouped=True), H200).spec.kv_loads == "octets"
+        assert select(problem(**lists), H200).spec.kv_loads != "octets"
+
+
+def test_loads_that_need_another_order():
+    """Runs need ascending lists and octets grouped ones; the gather reads any, and named presets follow the plan."""
+    runs, octets, gather = (FwdSpec(head_dim=128, kv_loads=loads) for loads in ("runs", "octets", "gather"))
+    for spec, grouped in ((runs, True), (octets, False)):
+        with pytest.raises(UnsupportedError, match=f"kv_loads {spec.kv_loads} reads"):
+            select(problem(grouped=grouped), H200, spec)
+        assert select(problem(grouped=not grouped), H200, spec).spec == spec
+    assert select(problem(grouped=True), H200, gather).spec == gather
+    assert select(problem(slice_m=192, grouped=True), H200, "m192-d128").spec.kv_loads == "octets"
+    assert select(problem(slice_m=192), H200, "m192-d128").spec.kv_loads == "runs"
+
+
+def test_octets_that_cannot_run_leave_grouped_lists_to_the_gather(tmp_path, monkeypatch):
+    path = own_file(tmp_path)
+    text = path.read_text().replace("    softmax: exact\n", "    softmax: exact\n    proxy_fence: consumer\n")
+    path.write_text(text)
+    monkeypatch.setenv("FGATTN_CONFIG", str(path))
+    asked = problem(dtype=torch.float16, grouped=True)
+    spec = select(asked, H200).spec
+    assert (spec.proxy_fence, spec.kv_loads) == ("consumer", "gather")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fgattn_cute import device_masks, predict
-from fgattn_cute.compaction import LIST_ALIGN, PLAN_SLACK, Lists, compact
+from fgattn_cute.compaction import LIST_ALIGN, PLAN_SLACK, compact
 from fgattn_cute.mask import SliceMask
 from fgattn_cute.predict.scores import slice_mass
 
@@ -29,8 +29,21 @@ def test_compaction_is_that_of_torch(slice_m, slice_n, room):
     wanted = exact if room is None else compact(mask, capacity, "torch")
     for _ in range(3):
         got = compact(mask, capacity, "cuda")
-        for name in Lists._fields:
+        assert got.grouped == wanted.grouped
+        for name in ("ids", "offset", "keys", "overflow"):
             assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("octets", [0.05, 0.3, 1.0])
+def test_grouped_lists_are_those_of_torch(octets):
+    keep = torch.rand(1, 4, 30, 1126, device="cuda") < octets
+    keep = keep.repeat_interleave(8, -1)[..., :9001] | (torch.rand(1, 4, 30, 9001, device="cuda") < 0.1)
+    keep[..., 3, :] = False
+    mask = SliceMask.from_dense(keep, slice_m=128, slice_n=1, seqlen_q=3840, seqlen_k=9001)
+    wanted = compact(mask, None, "torch", grouped=True)
+    for _ in range(3):
+        got = compact(mask, None, "cuda", grouped=True)
+        assert got.grouped and torch.equal(got.ids, wanted.ids) and torch.equal(got.offset, wanted.offset)
 
 
 @pytest.mark.parametrize("statistic", ["mean", "max"])

@@ -2,8 +2,8 @@
 """FgAttnForwardSm90: attention of M queries to their own gathered list of keys, for Hopper (sm_90a).
 
 This file lays out operands, makes the TMA atoms, launches, and gives each warp its role; the roles have files of their
-own. Reading order: spec.py, schedule.py, phases.py, scheduler.py, gather.py, loader.py, boxes.py, octets.py, softmax.py,
-mainloop.py, epilogue.py.
+own. Reading order: spec.py, schedule.py, phases.py, scheduler.py, gather.py, loader.py, boxes.py, octets.py,
+softmax.py, mainloop.py, epilogue.py.
 """
 
 import math

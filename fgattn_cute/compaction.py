@@ -66,8 +66,8 @@ def compact(mask, capacity: int | None, backend: str | None = None, grouped: boo
             totals (a synchronisation on CUDA); with a capacity nothing is read back and lists that do not fit are cut.
         backend: "cuda" or "emulator" for the kernels, "torch"; None takes the kernels where the mask lies on a GPU
             that runs them.
-        grouped: None groups lists of single keys (slice_n 1) without a capacity where GROUPED_SHARE of all keys or more
-            are in aligned runs.
+        grouped: whether lists are; only those of single keys (slice_n 1) can be. None groups them if GROUPED_SHARE of
+            all keys or more are in aligned runs and no capacity is given, because that is known by a read-back only.
     """
     backend = backend or device_masks.backend_of(mask.bits)
     words = mask.bits.contiguous()
@@ -109,11 +109,11 @@ def write_ids(
         offset, counts: int64 (batch, heads, blocks_q).
         ids: int32 (n,), written in place; positions outside the lists stay untouched. Its last element belongs to no
             list.
-        runs: int64 (batch, heads, blocks_q), columns in aligned runs, to be written first: grouped lists, uncut.
+        runs: int64 (batch, heads, blocks_q), columns in aligned runs, which come first; None for ascending lists.
     """
     if runs is not None:
         full = _bits.full_bytes(words)
-        write_ids(full, offset, runs, ids)
+        write_ids(full, offset, torch.minimum(counts, runs), ids)
         write_ids(words ^ full, offset + runs, counts - runs, ids)
         return
     width = words.shape[-1]

@@ -74,7 +74,7 @@ def write_ids(
         offset, counts: int64 (batch, heads, blocks_q), as ``compaction.fit`` returns them.
         ids: int32 (n,), written in full.
         backend: "cuda" or "emulator".
-        runs: int64 (batch, heads, blocks_q), columns in aligned runs, for grouped lists; those are not cut.
+        runs: int64 (batch, heads, blocks_q), columns in aligned runs, which come first; None for ascending lists.
     """
     if runs is not None:
         counts = runs << 32 | counts

@@ -88,14 +88,14 @@ class Plan:
             capacity: room in ids, each list rounded up to a multiple of 8. None allocates exactly what is needed and
                 reads the totals back for it, the only synchronisation. With a capacity nothing is read back; lists
                 that do not fit are cut, ``overflow`` becomes True and ``describe`` and ``validate`` say so.
-            grouped: whether lists have their aligned runs of 8 keys first, which needs slice_n 1 and no capacity. None
-                groups them where it can and half of all keys or more stand in such runs.
+            grouped: whether lists have their aligned runs of 8 keys first, which needs slice_n 1. None groups them if
+                half of all keys or more stand in such runs; not with a capacity, because it takes a read-back to know.
         """
         if not isinstance(mask, SliceMask):
             raise PlanError(f"a plan is made from a SliceMask, not from {type(mask).__name__}: SliceMask.from_dense")
         capacity = _checked_capacity(capacity)
-        if grouped and (mask.slice_n != 1 or capacity is not None):
-            raise PlanError(f"lists are grouped for slice_n 1 without a capacity, not {mask.slice_n} with {capacity}")
+        if grouped and mask.slice_n != 1:
+            raise PlanError(f"lists of segments of {mask.slice_n} keys are not grouped, only those of single keys")
         lists = compact(mask, capacity, grouped=grouped)
         overflow = lists.overflow if capacity is not None else None
         return cls(lists.ids, lists.offset, lists.keys, **mask.geometry, overflow=overflow, grouped=lists.grouped)

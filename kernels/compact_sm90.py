@@ -98,8 +98,8 @@ class WriteIds:
         self,
         mBits: cute.Tensor,  # (rows, words) int32
         mOffset: cute.Tensor,  # (rows,) int64, start of each list, multiples of 8, ascending
-        mCounts: cute.Tensor,  # (rows,) int64, ids to write: the row's first set bits. Where the high half is not zero,
-        # the ids of aligned runs come first, so many, then the others; all of the row's then.
+        mCounts: cute.Tensor,  # (rows,) int64, ids to write: the row's first set bits. The high half, unless it is 0:
+        # how many of the row's bits are in aligned runs, which are to come before the others.
         mIds: cute.Tensor,  # (n,) int32 out, 32-byte aligned, n a multiple of 8 and past the end of every list
         stream: cuda.CUstream,
     ):
@@ -120,7 +120,7 @@ class WriteIds:
             if runs == 0:
                 self.write_list(mBits, mList, row, count, lane)
             else:
-                self.write_grouped(mBits, mList, row, runs, lane)
+                self.write_grouped(mBits, mList, row, count, runs, lane)
             # The list's own padding; a list that was cut has none.
             if lane < LIST_ALIGN - 1 and (count + lane) // LIST_ALIGN == (count - 1) // LIST_ALIGN and count > 0:
                 mList[count + lane] = Int32(0)
@@ -150,8 +150,8 @@ class WriteIds:
             done += total
 
     @cute.jit
-    def write_grouped(self, mBits: cute.Tensor, mList: cute.Tensor, row: Int32, runs: Int32, lane: Int32):
-        """All set columns of a row: those of aligned runs to the first ``runs`` places, the others behind them.
+    def write_grouped(self, mBits: cute.Tensor, mList: cute.Tensor, row: Int32, count: Int32, runs: Int32, lane: Int32):
+        """The set columns of a row, those of aligned runs in front of the others, up to place ``count``.
 
         As ``write_list``, with two counts in one number: the low half for columns of no run, the high one for others.
         """
@@ -172,7 +172,7 @@ class WriteIds:
                     target = place + (before & 0xFFFF) + cute.arch.popc(together & ~full & below)
                     if (full >> lane) & 1 != 0:
                         target = run_place + (before >> 16) + cute.arch.popc(full & below)
-                    if (together >> lane) & 1 != 0:
+                    if (together >> lane) & 1 != 0 and target < count:
                         mList[target] = (base + j) * WORD_BITS + lane
             run_place += total >> 16
             place += total & 0xFFFF

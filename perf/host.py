@@ -116,7 +116,7 @@ def calls_on_gpu(device: str = "cuda", calls: int = 200) -> list[dict]:
         "torch.compile": lambda: compiled(q, k, v),
         "torch sdpa, dense": lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first),
         "a plan and its order": lambda: fg.Plan.from_mask(mask).work(1, q.shape[2]),
-        "the same, room known": lambda: fg.Plan.from_mask(mask, plan.capacity).work(1, q.shape[2]),
+        "the same, room known": lambda: fg.Plan.from_mask(mask, plan.capacity, plan.grouped).work(1, q.shape[2]),
     }
     records = [host_and_device(name, call, calls) for name, call in ways.items()]
     if device == "cuda":

@@ -47,7 +47,7 @@ def parts(case: Case, x: Inputs) -> dict[str, Callable[[], object]]:
     return {
         "attention": lambda: fg.attention(x.q, x.k, x.v, x.plan),
         "bits": lambda: fg.SliceMask.from_dense(keep, **geometry),
-        "lists": lambda: fg.Plan.from_mask(x.mask, x.plan.capacity).work(1, case.heads),
+        "lists": lambda: fg.Plan.from_mask(x.mask, x.plan.capacity, x.plan.grouped).work(1, case.heads),
         "mass": lambda: predict.mass(x.q, x.k, **options),
         "mass, lse known": lambda: predict.mass(x.q, x.k, lse, **options),
         "pooled": lambda: predict.pooled(x.q, x.k, **options),

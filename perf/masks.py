@@ -46,7 +46,7 @@ def memory_and_compaction(seqlen: int, heads: int, device: torch.device, repeats
             geometry = {"slice_m": slice_m, "slice_n": slice_n, "seqlen_q": seqlen, "seqlen_k": seqlen}
             mask = SliceMask.from_dense(torch.rand(shape, device=device) < density, **geometry)
             plan = Plan.from_mask(mask)
-            build = functools.partial(Plan.from_mask, mask, capacity=plan.capacity)
+            build = functools.partial(Plan.from_mask, mask, plan.capacity, plan.grouped)
             yield {
                 "what": "compaction",
                 **geometry,

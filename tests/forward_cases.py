@@ -93,6 +93,9 @@ class Case:
             return torch.nn.functional.one_hot(torch.randint(shape[3], shape[:3], generator=source), shape[3]).bool()
         density = {"1 %": 0.01, "100 %": 1.0}.get(self.fill, 0.3)
         keep = torch.rand(shape, generator=source) < density
+        if self.fill == "octets":  # two thirds of the keys in aligned runs of 8
+            octets = torch.rand(*shape[:3], -(-shape[3] // 8), generator=source) < 0.2
+            keep = (keep & (torch.rand(shape, generator=source) < 0.4)) | octets.repeat_interleave(8, 3)[..., : shape[3]]
         if self.fill == "empty rows":
             keep.view(-1, shape[3])[::2] = False
         return keep

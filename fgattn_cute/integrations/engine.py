@@ -243,16 +243,17 @@ class Engine:
     def _plan(self, key: tuple, mask: SliceMask, record: Record) -> Plan:
         """Key lists of a mask: kept while they fit the memory that the policy grants, or else made again.
 
-        Their size is read back once per mask; lists that are made again take it from there.
+        Their size and order are read back once per mask; lists that are made again take them from there.
         """
-        held, plan, capacity = self._plans.get(key, (None, None, None))
+        held, plan, known = self._plans.get(key, (None, None, {}))
         if held is not mask:
-            plan, capacity = None, None
+            plan, known = None, {}
         if plan is None:
-            plan = Plan.from_mask(mask, capacity)
+            plan = Plan.from_mask(mask, **known)
             self._plans.pop(key, None)
             fits = self.held_bytes[1] + plan.nbytes <= self.policy.plan_memory_gb * 2**30
-            self._plans[key] = (mask, plan if fits else None, plan.capacity)
+            known = {"capacity": plan.capacity, "grouped": plan.grouped}
+            self._plans[key] = (mask, plan if fits else None, known)
         record.plan_bytes = plan.nbytes if self._plans[key][1] is not None else 0
         return plan
 

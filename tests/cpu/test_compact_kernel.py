@@ -75,6 +75,17 @@ def test_same_grouped_lists_as_torch(geometry, density, octets):
 
 
 @pytest.mark.parametrize("room", [0.0, 0.3, 0.9, 1.0, 3.0])
+def test_grouped_lists_are_cut_at_the_end(room):
+    mask = random_mask(GEOMETRIES["batch and heads"], 0.4, 0.3)
+    whole = compact(mask, None, "torch", grouped=True)
+    capacity = int((whole.ids.numel() - PLAN_SLACK) * room) // LIST_ALIGN * LIST_ALIGN
+    got = on_emulator(mask, capacity, grouped=True)
+    assert_same(got, compact(mask, capacity, "torch", grouped=True))
+    same = min(capacity, whole.ids.numel() - PLAN_SLACK)
+    assert torch.equal(got.ids[:same], whole.ids[:same]) and not got.ids[same:].any()
+
+
+@pytest.mark.parametrize("room", [0.0, 0.3, 0.9, 1.0, 3.0])
 @pytest.mark.parametrize("geometry", ["batch and heads", "segments of 3, cut"])
 def test_any_capacity_is_safe_and_same(geometry, room):
     """Too little cuts lists, flags it and never writes outside (the emulator would fault); too much is zeroed."""

@@ -101,9 +101,8 @@ def test_what_is_never_grouped():
     assert not Plan.from_mask(full, capacity=1000).grouped
     assert not Plan.from_mask(SliceMask.full(**GEOMETRY)).grouped
     assert not Plan.from_mask(SliceMask.empty(**geometry)).grouped
-    for mask, capacity in ((full, 1000), (SliceMask.full(**GEOMETRY), None)):
-        with pytest.raises(PlanError, match="grouped for slice_n 1 without a capacity"):
-            Plan.from_mask(mask, capacity, grouped=True)
+    with pytest.raises(PlanError, match="segments of 4 keys are not grouped"):
+        Plan.from_mask(SliceMask.full(**GEOMETRY), grouped=True)
     plan = Plan.from_mask(SliceMask.full(**GEOMETRY))
     with pytest.raises(PlanError, match="segments of 4 keys are not grouped"):
         Plan(plan.ids, plan.offset, plan.keys, **GEOMETRY, grouped=True)

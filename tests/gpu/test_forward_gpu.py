@@ -97,6 +97,9 @@ REAL = (
     Case(head_dim=128, slice_m=192, seqlens=(16384, 16384), heads=Heads(1, 24, 24, 1, 24)),
     Case(head_dim=128, slice_m=192, seqlens=(75600, 75600), heads=Heads(1, 4, 4, 1, 4)),
     Case(head_dim=128, slice_m=192, slice_n=16, seqlens=(75600, 75600), heads=Heads(1, 2, 2, 1, 1), fill="100 %"),
+    Case(head_dim=128, slice_m=192, seqlens=(16384, 50003), heads=Heads(1, 8, 4, 1, 8), fill="octets"),
+    Case(head_dim=128, slice_m=128, seqlens=(32760, 32760), heads=Heads(1, 12, 4, 1, 12), fill="octets"),
+    Case(head_dim=64, slice_m=192, seqlens=(17776, 17776), heads=Heads(1, 8, 8, 1, 8), fill="octets"),
     Case(head_dim=128, slice_m=128, seqlens=(32760, 32760), heads=Heads(1, 12, 4, 1, 12)),
     Case(head_dim=128, slice_m=64, seqlens=(20000, 20000), heads=Heads(2, 4, 4, 1, 4), fill="1 %"),
     Case(head_dim=128, slice_m=16, slice_n=2, seqlens=(16384, 16384), heads=Heads(1, 4, 4, 1, 4), fill="1 %"),
@@ -111,7 +114,7 @@ REAL = (
 
 def real_name(case):
     lengths = "x".join(map(str, case.seqlens))
-    return f"{case.dtype}-d{case.head_dim}-m{case.slice_m}-n{case.slice_n}-{lengths}"
+    return f"{case.dtype}-d{case.head_dim}-m{case.slice_m}-n{case.slice_n}-{lengths}-{case.fill}".replace(" ", "")
 
 
 @pytest.mark.timeout(600)
@@ -120,6 +123,7 @@ def test_real_sizes(case):
     q, k, v = case.tensors("cuda")
     mask = case.mask("cuda")
     plan = fg.Plan.from_mask(mask)
+    assert plan.grouped == (case.fill == "octets")
     out, lse = attend(q, k, v, plan)
     again, lse_again = attend(q, k, v, plan)
     assert torch.equal(out, again) and torch.equal(lse, lse_again), "a repeat differs"
@@ -131,7 +135,9 @@ def test_dense_attention_at_size():
     """Every key kept: torch's own attention in fp32 is the oracle for all rows."""
     case = Case(head_dim=128, slice_m=192, seqlens=(8192, 8192), heads=Heads(1, 4, 2, 1, 1), fill="100 %")
     q, k, v = case.tensors("cuda")
-    out, _ = attend(q, k, v, fg.Plan.from_mask(case.mask("cuda")))
+    plan = fg.Plan.from_mask(case.mask("cuda"))
+    assert plan.grouped
+    out, _ = attend(q, k, v, plan)
     across = [x.transpose(1, 2) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         want = torch.nn.functional.scaled_dot_product_attention(*(x.float() for x in across)).transpose(1, 2)

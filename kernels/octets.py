@@ -54,14 +54,18 @@ class OctetLoader(GatherLoader):
         tile_n = self.spec.tile_n
         full, _ = unsigned_divmod(work.num_keys, tile_n)
         head_kv = self.head_kv(work, self.k[0])
+        keys = cute.make_rmem_tensor((self.spec.boxes_per_tile // SIDE_WARPS,), Int32)
         tile = Int32(0)
         first, last = self.last_eight(mList, tile)
+        self.read_keys(keys, mList, tile)
         while tile < full and (first % BOX_ROWS == 0) & (last - first == BOX_ROWS - 1):
-            first, last = self.last_eight(mList, cutlass.min(tile + 1, full - 1))
+            following = cutlass.min(tile + 1, full - 1)
+            first, last = self.last_eight(mList, following)
             if self.warp < SIDE_WARPS:
-                self.load_boxes(0, it + tile, mList, tile, head_kv, work.batch)
+                self.load_boxes(0, it + tile, keys, head_kv, work.batch)
             else:
-                self.load_boxes(1, it + tile, mList, tile, head_kv, work.batch)
+                self.load_boxes(1, it + tile, keys, head_kv, work.batch)
+            self.read_keys(keys, mList, following)
             tile += 1
         return tile
 
@@ -72,18 +76,20 @@ class OctetLoader(GatherLoader):
         return mList[place], mList[place + (BOX_ROWS - 1)]
 
     @cute.jit
-    def load_boxes(self, which: cutlass.Constexpr[int], i: Int32, mList, tile: Int32, head_kv: Int32, batch: Int32):
-        """This warp's boxes of tile ``i`` of K (which 0) or V (1). Their keys are read while the slot is awaited."""
-        spec, pipe = self.spec, self.pipes[which]
-        mine = spec.boxes_per_tile // SIDE_WARPS
-        keys = cute.make_rmem_tensor((mine,), Int32)
-        for j in cutlass.range_constexpr(mine):
-            keys[j] = mList[tile * spec.tile_n + self.box(j) * BOX_ROWS]
+    def read_keys(self, keys: cute.Tensor, mList: cute.Tensor, tile: Int32):
+        """The first keys of this warp's boxes of a tile; their latency hides behind the wait for a slot."""
+        for j in cutlass.range_constexpr(cute.size(keys)):
+            keys[j] = mList[tile * self.spec.tile_n + self.box(j) * BOX_ROWS]
+
+    @cute.jit
+    def load_boxes(self, which: cutlass.Constexpr[int], i: Int32, keys: cute.Tensor, head_kv: Int32, batch: Int32):
+        """This warp's boxes of tile ``i`` of K (which 0) or V (1)."""
+        pipe = self.pipes[which]
         pipe.acquire(i)
         slot = pipe.slot(i)
-        num_bytes = mine * BOX_ROWS * spec.head_dim * ELEMENT_BYTES
+        num_bytes = self.spec.tile_n // SIDE_WARPS * self.spec.head_dim * ELEMENT_BYTES
         pipe.arrive_all_and_expect(i, num_bytes, WARPGROUP_THREADS // SIDE_WARPS)
-        for j in cutlass.range_constexpr(mine):
+        for j in cutlass.range_constexpr(cute.size(keys)):
             self.boxes[which].copy(keys[j], head_kv, batch, slot, self.box(j), pipe.full + slot)
 
     def box(self, j: int) -> Int32:

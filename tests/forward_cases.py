@@ -95,7 +95,8 @@ class Case:
         keep = torch.rand(shape, generator=source) < density
         if self.fill == "octets":  # two thirds of the keys in aligned runs of 8
             octets = torch.rand(*shape[:3], -(-shape[3] // 8), generator=source) < 0.2
-            keep = (keep & (torch.rand(shape, generator=source) < 0.4)) | octets.repeat_interleave(8, 3)[..., : shape[3]]
+            keep &= torch.rand(shape, generator=source) < 0.4
+            keep |= octets.repeat_interleave(8, 3)[..., : shape[3]]
         if self.fill == "empty rows":
             keep.view(-1, shape[3])[::2] = False
         return keep

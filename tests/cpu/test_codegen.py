@@ -169,7 +169,7 @@ def octets():
     for preset in presets.builtin("h200").presets:
         for spec in preset.specs():
             grouped = preset.spec(dtype=spec.dtype, head_dim=spec.head_dim, grouped=True)
-            if grouped.kv_loads == "octets":
+            if grouped.kv_loads == "octets" and preset.takes(spec.dtype, spec.head_dim, slice_n=1):
                 fast = grouped.tile_m == 192 and grouped.softmax == "fixed_ref" and grouped.head_dim in (64, 128)
                 marks = () if fast else (pytest.mark.slow,)
                 yield pytest.param(grouped, id=f"{preset.id}-{spec.dtype}-d{spec.head_dim}", marks=marks)

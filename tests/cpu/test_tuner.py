@@ -86,6 +86,11 @@ def test_candidates_are_the_presets_ranges_and_say_why_they_cannot_run(case):
     assert spilling and all("registers" in c.rejected for c in spilling)
 
 
+def test_candidates_for_grouped_lists_bring_runs_of_8_by_tma(case):
+    found = tuner.candidates(dataclasses.replace(case[-1], head_dim=128, grouped=True), H200)
+    assert {c.spec.kv_loads for c in found} == {"octets"} and any(c.rejected is None for c in found)
+
+
 def test_ranking_uses_the_plans_own_lists(case):
     """Lists of 100 keys waste less of a tile of 96 than of 160; lists of 16,000 keys do not care."""
     spec = presets.builtin("h200").get("m64-d64").spec(dtype="bf16", head_dim=D)

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers (pip install 'fgattn-cute[diffusers]')")
 
 from fgattn_cute.errors import InputError
+from fgattn_cute.integrations import engine
 from fgattn_cute.integrations.diffusers import SparsePolicy, enable
 from fgattn_cute.predict import keep_tokens
 from tests import video_models
@@ -195,8 +196,15 @@ def test_sequences_of_another_length_have_masks_of_their_own():
     assert out.shape == large["hidden_states"].shape and len(rule.asked) == 2
 
 
-def test_key_lists_are_kept_or_made_again_with_the_same_result():
-    results = []
+def test_key_lists_are_kept_or_made_again_with_the_same_result(monkeypatch):
+    results, orders = [], []
+    attend = engine.attend_bshd
+
+    def watched(q, k, v, plan, **options):
+        orders.append(plan.grouped)
+        return attend(q, k, v, plan, **options)
+
+    monkeypatch.setattr(engine, "attend_bshd", watched)
     for memory in (0.0, 4.0):
         pipe = video_models.wan_pipeline(transformer=shared_transformer())
         with enable(pipe, policy(Recorder(), plan_memory_gb=memory, dense_steps=1, refresh_every=9)) as handle:
@@ -205,6 +213,7 @@ def test_key_lists_are_kept_or_made_again_with_the_same_result():
         assert (report.plan_bytes > 0) == (memory > 0) and report.mask_bytes > 0
         assert {row["plan_bytes"] > 0 for row in report.rows() if row["action"] != "dense"} == {memory > 0}
     assert torch.equal(*results)
+    assert orders and all(orders), "half of the keys in one run: grouped whenever the lists are made"
 
 
 def shared_transformer():

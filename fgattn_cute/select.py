@@ -18,7 +18,7 @@ import functools
 from . import presets, settings, tuned
 from .errors import InputError, PresetError, UnsupportedError, refusal
 from .gpu import Gpu
-from .kernels.spec import FwdSpec
+from .kernels.spec import UNION_TILES_N, FwdSpec
 from .presets import Preset, PresetFile
 from .problem import Problem
 
@@ -26,7 +26,13 @@ from .problem import Problem
 # (perf/results/h200/2026-11-23-third.jsonl). EXACT_SPEED: exact over fixed_ref softmax at tile_m 192 and 128.
 SPEED_OF_TILE_M = {192: 1.01, 128: 0.95, 64: 0.87}
 EXACT_SPEED = 0.9
-WIDE_UNION_REGISTERS = (152, 56)  # consumer, producer
+# What unions change about a preset's kernel besides its tile. With three consumer warpgroups the producer's 32
+# registers do not hold the rows of all blocks without a spill. The others come from measuring unions of slice_m 16 and
+# 32 with fixed_ref (one H200, 2026-11-23): where ptxas puts the wait for P V in a masked softmax is worth 20 %, and it
+# moves with each of these (docs/kernel.md).
+WIDE_UNION_REGISTERS = {"consumer_registers": 152, "producer_registers": 56}
+UNION_OF_128 = {"scheduler": "grid", "scale_reference": "per_tile"}
+UNION_OF_192 = {"kv_stages": 3, "ping_pong": False, "scale_reference": "once"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +112,21 @@ def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
 def for_union(spec: FwdSpec, union_blocks: int) -> FwdSpec:
     """The same kernel with one list for ``union_blocks`` blocks, as far as its tile and registers must change for it.
 
-    tile_n: the next one down of which a thread's keep-bits fit a word.
+    tile_n: the next one down of which a thread's keep-bits are a word or half of one.
     kv_loads: keep-bits follow the gather's order of keys.
-    registers: with three consumer warpgroups the producer's 32 do not hold the rows of all blocks without a spill.
+    others: see UNION_OF_128 and UNION_OF_192.
     """
     if union_blocks == 1:
         return spec
+    changes = {"union_blocks": union_blocks, "kv_loads": "gather"}
     if spec.tile_m == 192:
-        consumer, producer = WIDE_UNION_REGISTERS
-        spec = dataclasses.replace(spec, consumer_registers=consumer, producer_registers=producer)
-    spec = dataclasses.replace(spec, union_blocks=union_blocks, kv_loads="gather")
-    for rows_per_thread in (8, 4):
-        narrowed = dataclasses.replace(spec, tile_n=rows_per_thread * spec.row_groups)
-        if narrowed.tile_n <= spec.tile_n and not narrowed.reasons():
+        changes |= WIDE_UNION_REGISTERS
+    if spec.softmax == "fixed_ref":
+        changes |= UNION_OF_192 if spec.tile_m == 192 else UNION_OF_128
+    spec = dataclasses.replace(spec, **changes)
+    for tile_n in UNION_TILES_N:
+        narrowed = dataclasses.replace(spec, tile_n=tile_n)
+        if tile_n <= spec.tile_n and not narrowed.reasons():
             return narrowed
     return spec
 

@@ -33,29 +33,50 @@ class Positions:
     * ``box``: TMA places the segments' rows as they are (kv_loads boxes); nothing expands.
     * ``spread``: slice_n divides G, while R fits neither way (tile_n 80 with slice_n 2 or 8): one id per row at a
       constant stride. Found by division instead, they cost 4 % of the M = 192 kernel on an H200.
+
+    By quarters, where blocks share a list: a consumer thread, which owns every fourth pair of columns, holds a quarter
+    of the tile's positions in their order, so that its keep-bits lie side by side in a word of the plan.
+
+    * ``each`` again: one id per row, for slice_n 1 at a constant stride.
     """
 
     def __init__(self, spec):
         self.groups, self.rows, seg = spec.row_groups, spec.rows_per_thread, spec.slice_n
-        if spec.kv_loads == "boxes":
-            self.expansion, self.ids_per_thread = "box", 0
+        self.quarter = spec.tile_n // 4
+        self.order = "blocked"
+        if spec.union_blocks > 1:
+            self.expansion, self.ids_per_thread, self.order = "each", self.rows, "quarters"
+        elif spec.kv_loads == "boxes":
+            self.expansion, self.ids_per_thread, self.order = "box", 0, "interleaved"
         elif self.rows % seg == 0:
             self.expansion, self.ids_per_thread = "ids", self.rows // seg
         elif seg % self.rows == 0:
             self.expansion, self.ids_per_thread = "one", 1
         elif self.groups % seg == 0:
-            self.expansion, self.ids_per_thread = "spread", self.rows
+            self.expansion, self.ids_per_thread, self.order = "spread", self.rows, "interleaved"
         else:
             self.expansion, self.ids_per_thread = "each", self.rows
 
-    def of_row(self, row: int) -> int:
-        """List position inside a tile of shared row ``row``."""
-        m, g = divmod(row, self.groups)
-        return row if self.expansion in ("spread", "box") else g * self.rows + m
+    def of_line(self, m: int) -> int:
+        """Positions from a group's first shared row, number g, to its row m * G + g."""
+        return m * {"blocked": 1, "interleaved": self.groups, "quarters": self.groups // 4}[self.order]
 
-    def stride(self) -> int:
-        """Positions from one group's shared rows to the next group's."""
-        return 1 if self.expansion in ("spread", "box") else self.rows
+    def of_group(self, group):
+        """List position inside a tile of shared row ``group`` < G."""
+        if self.order == "blocked":
+            return group * self.rows
+        if self.order == "interleaved":
+            return group
+        return group % 8 // 2 * self.quarter + group // 8 * 2 + group % 2
+
+    def of_column(self, j: int) -> int:
+        """List position of a consumer thread's j-th column, row 8 (j // 2) + 2 q + j % 2, less ``of_lane(q)``."""
+        m, g = divmod(8 * (j // 2) + j % 2, self.groups)
+        return self.of_line(m) + self.of_group(g)
+
+    def of_lane(self, quad_lane):
+        """A consumer thread's share of its columns' positions. quad_lane: its lane % 4."""
+        return quad_lane * {"blocked": 2 * self.rows, "interleaved": 2, "quarters": self.quarter}[self.order]
 
 
 class Gather:
@@ -101,9 +122,9 @@ class Gather:
                 segment, _ = self.spread(tile, m, group)
                 ids[m] = mList[segment]
         else:
-            position = tile * self.spec.tile_n + group * self.spec.rows_per_thread
+            position = tile * self.spec.tile_n + self.positions.of_group(group)
             for m in cutlass.range_constexpr(count):
-                ids[m] = mList[unsigned_divmod(position + m, self.spec.slice_n)[0]]
+                ids[m] = mList[unsigned_divmod(position + self.positions.of_line(m), self.spec.slice_n)[0]]
 
     def spread(self, tile: Int32, m: int, group: Int32) -> tuple:
         """(segment in the list, key inside it) of a thread's m-th row of ``tile``."""
@@ -116,7 +137,7 @@ class Gather:
     def expand(self, rows: cute.Tensor, ids: cute.Tensor, tile: Int32, group: Int32, last_key: Int32):
         """Ids -> key rows, clamped into the sequence: an id from outside reads a wrong row, never outside memory."""
         seg = self.spec.slice_n
-        position = tile * self.spec.tile_n + group * self.spec.rows_per_thread
+        position = tile * self.spec.tile_n + self.positions.of_group(group)
         for m in cutlass.range_constexpr(self.spec.rows_per_thread):
             if const_expr(self.expansion == "ids"):
                 row = ids[m // seg] * seg + m % seg
@@ -125,7 +146,7 @@ class Gather:
             elif const_expr(self.expansion == "spread"):
                 row = ids[m] * seg + self.spread(tile, m, group)[1]
             else:
-                row = ids[m] * seg + unsigned_divmod(position + m, seg)[1]
+                row = ids[m] * seg + unsigned_divmod(position + self.positions.of_line(m), seg)[1]
             rows[m] = cutlass.min(cutlass.max(row, 0), last_key)
 
     @cute.jit
@@ -141,7 +162,7 @@ class Gather:
     ):
         """Issue the copies of one tile. Positions past the list's end are zero-filled and read nothing."""
         spec = self.spec
-        num_mine = num_valid - group * self.positions.stride()
+        num_mine = num_valid - self.positions.of_group(group)
         # Lines of a swizzle atom from row to row of this thread, and from atom to atom of a row.
         row_step, atom_step = spec.row_groups, spec.tile_n
         if const_expr(spec.atoms_first):
@@ -154,5 +175,5 @@ class Gather:
                 if const_expr(whole):
                     cp_async_16(target, chunk, self.l2_prefetch_bytes)
                 else:
-                    num_bytes = Int32(16) if self.positions.of_row(m * spec.row_groups) < num_mine else Int32(0)
+                    num_bytes = Int32(16) if self.positions.of_line(m) < num_mine else Int32(0)
                     cp_async_16_or_zero(target, chunk, num_bytes, self.l2_prefetch_bytes)

@@ -62,20 +62,6 @@ def mbarrier_wait(barrier_addr: Int32, phase: Int32):
     )
 
 
-@cute.jit
-def exp2_pair_where(keep: Int32, x: Float32, y: Float32) -> tuple:
-    """(2^x, 2^y), or (0, 0) where ``keep`` is zero (PTX ISA: ex2.approx).
-
-    Predicated, so that the special-function unit is idle for what a whole warp does not keep.
-    """
-    return cute.arch.inline_ptx(
-        "{ .reg .pred kept; setp.ne.s32 kept, {$r0}, 0; mov.f32 {$w0}, 0f00000000; mov.f32 {$w1}, 0f00000000; "
-        "@kept ex2.approx.ftz.f32 {$w0}, {$r1}; @kept ex2.approx.ftz.f32 {$w1}, {$r2}; }",
-        write_only_types=[Float32, Float32],
-        read_only_args=[keep, x, y],
-    )
-
-
 def unsigned_divmod(dividend: Int32, divisor: Int32) -> tuple:
     """(quotient, remainder) of two non-negative numbers, without the sign handling of Python's floor division."""
     a, b = Uint32(dividend), Uint32(divisor)

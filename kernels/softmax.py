@@ -24,7 +24,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from .fragments import rows_and_columns
-from .ptx import exp2_pair_where, mul_bf16x2
+from .ptx import mul_bf16x2
 
 LN2 = math.log(2.0)
 GUARD_LOG2 = 60
@@ -65,16 +65,14 @@ class Softmax:
     def first_tile(self, acc_S: cute.Tensor):
         """Scores -> P of the first tile; sets the reference."""
         S = rows_and_columns(acc_S)
+        if const_expr(self.keep is not None):
+            tops = [self.row_max(S, r) for r in range(ROWS)]
+            self.keep.mask(S)
         for r in cutlass.range_constexpr(ROWS):
             top = self.row_max(S, r)
-            if const_expr(self.keep is not None):
+            if const_expr(self.keep is not None and self.fixed):
                 # A row that keeps none of these keys takes its reference from all of them: better than nothing.
-                self.keep.mask_row(S, r)
-                kept_top = self.row_max(S, r)
-                if const_expr(self.fixed):
-                    top = top if kept_top == -Float32.inf else kept_top
-                else:
-                    top = kept_top
+                top = tops[r] if top == -Float32.inf else top
             finite_top = Float32(0.0) if top == -Float32.inf else top
             shift = finite_top * self.scale_log2
             p = cute.math.exp2(S[r, None].load() * self.scale_log2 - shift, fastmath=True)
@@ -90,36 +88,22 @@ class Softmax:
     def next_tile(self, acc_S: cute.Tensor):
         """Scores -> P of a later tile."""
         S = rows_and_columns(acc_S)
-        if const_expr(self.fixed and self.keep is not None):
-            self.next_tile_of_union(S)
-        else:
-            for r in cutlass.range_constexpr(ROWS):
-                if const_expr(self.keep is not None):
-                    self.keep.mask_row(S, r)
-                if const_expr(self.fixed):
-                    shift, carried = self.shift(r), self.total[r]
-                else:
-                    before = self.reference[r]
-                    top = cute.arch.fmax(self.row_max(S, r), before)
-                    self.reference[r] = top
-                    finite_top = Float32(0.0) if top == -Float32.inf else top
-                    shift = finite_top * self.scale_log2
-                    self.rescale[r] = cute.math.exp2((before - finite_top) * self.scale_log2, fastmath=True)
-                    carried = self.total[r] * self.rescale[r]
-                p = cute.math.exp2(S[r, None].load() * self.scale_log2 - shift, fastmath=True)
-                self.total[r] = p.reduce(cute.ReductionOp.ADD, carried, 0)
-                S[r, None].store(p)
-
-    @cute.jit
-    def next_tile_of_union(self, S: cute.Tensor):
-        """P is 2^x where the row keeps the key and 0 elsewhere: no score is masked, no exponential wasted."""
-        shifts = [self.shift(r) for r in range(ROWS)]
-        for j in cutlass.range_constexpr(cute.size(S, mode=[1])):
-            x = [S[r, j] * self.scale_log2 - shifts[r] for r in range(ROWS)]
-            p = exp2_pair_where(self.keep.bit(j), *x)
-            for r in cutlass.range_constexpr(ROWS):
-                S[r, j] = p[r]
-                self.total[r] = self.total[r] + p[r]
+        if const_expr(self.keep is not None):
+            self.keep.mask(S)
+        for r in cutlass.range_constexpr(ROWS):
+            if const_expr(self.fixed):
+                shift, carried = self.shift(r), self.total[r]
+            else:
+                before = self.reference[r]
+                top = cute.arch.fmax(self.row_max(S, r), before)
+                self.reference[r] = top
+                finite_top = Float32(0.0) if top == -Float32.inf else top
+                shift = finite_top * self.scale_log2
+                self.rescale[r] = cute.math.exp2((before - finite_top) * self.scale_log2, fastmath=True)
+                carried = self.total[r] * self.rescale[r]
+            p = cute.math.exp2(S[r, None].load() * self.scale_log2 - shift, fastmath=True)
+            self.total[r] = p.reduce(cute.ReductionOp.ADD, carried, 0)
+            S[r, None].store(p)
 
     @cute.jit
     def row_max(self, S: cute.Tensor, r: cutlass.Constexpr[int]) -> Float32:

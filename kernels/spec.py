@@ -26,7 +26,7 @@ WARP_THREADS = 32
 WARPGROUP_THREADS = 128
 WGMMA_ROWS = 64  # rows of one warpgroup's WGMMA
 WARP_ROWS = 16  # of which each warp owns a quarter
-MAX_UNION_TILE_N = 128  # a thread holds the keep-bits of its columns, a quarter of a tile, in one 32-bit word
+UNION_TILES_N = (128, 64)  # of a union: a thread's columns are a quarter of a tile, a keep-bit word or half of one
 MAX_TILE_N = 256  # WGMMA's largest N
 BOX_ROWS = 8  # rows of a swizzle atom: the smallest box that TMA can place in a tile
 PRODUCER_WARPS = 4
@@ -243,9 +243,9 @@ class FwdSpec:
                 f"union_blocks {self.union_blocks} does not split tile_m {self.tile_m} into blocks of a multiple of 16",
             )
             need(
-                self.tile_n <= MAX_UNION_TILE_N and self.rows_per_thread in (4, 8),
-                f"a union needs tile_n {4 * self.row_groups} or {8 * self.row_groups}, at most {MAX_UNION_TILE_N}, "
-                f"not {self.tile_n}: a thread's keep-bits are whole bytes of the plan's",
+                self.tile_n in UNION_TILES_N,
+                f"a union needs tile_n {UNION_TILES_N[1]} or {UNION_TILES_N[0]}, not {self.tile_n}: "
+                "a thread's keep-bits are a word of the plan's or half of one",
             )
         if self.kv_loads != "gather":
             need(

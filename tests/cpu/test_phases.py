@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guided self-scheduling: who takes what, on the host and by the kernel itself."""
 
+import dataclasses
 import math
 
 import pytest
@@ -82,7 +83,8 @@ def test_the_kernel_takes_every_item_once(spec, shares, sizes):
 
 def test_unions_of_several_phases():
     """Ten unions of 128 rows on two SMs: 3, 1 and 1 rounds."""
-    spec = for_union(FwdSpec(head_dim=64, tile_m=128, q_source="registers", scheduler="persistent"), 8)
+    spec = for_union(FwdSpec(head_dim=64, tile_m=128, q_source="registers"), 8)
+    spec = dataclasses.replace(spec, scheduler="persistent")
     case = Case(slice_m=16, seqlens=(5 * 128 - 40, 190), heads=Heads(1, 2, 1, 1, 2))
     q, k, v = case.tensors()
     q[:, ::37], k[:, 180:] = 60 * q[:, ::37], 20 * k[:, 180:]

@@ -16,7 +16,10 @@ from fgattn_cute import device_masks
 
 LIST_ALIGN = 8  # ids: a list starts on 32 bytes
 PLAN_SLACK = 256  # ids past the last list, at least one largest tile, so that a tail read stays inside the buffer
-GROUPED_SHARE = 0.5  # of all keys in aligned runs, from which on lists have those first; assumed, not measured
+# Share of all keys in aligned runs from which on lists have those first. Measured on one H200 (docs/kernel.md): at half,
+# boxes gain 6 to 10 % at M = 128 and 1 to 2 % at M = 192; at M = 64 they lose 2 % there and gain 3 to 4 % at the whole.
+GROUPED_SHARE = 0.5
+GROUPED_SHARE_OF_FINE = 0.9  # slice_m below 128
 _CHUNK_WORDS = 1 << 22  # mask words expanded at a time: bounds the temporaries of write_ids to about 100 MiB
 
 
@@ -66,8 +69,9 @@ def compact(mask, capacity: int | None, backend: str | None = None, grouped: boo
             totals (a synchronisation on CUDA); with a capacity nothing is read back and lists that do not fit are cut.
         backend: "cuda" or "emulator" for the kernels, "torch"; None takes the kernels where the mask lies on a GPU
             that runs them.
-        grouped: whether lists are; only those of single keys (slice_n 1) can be. None groups them if GROUPED_SHARE of
-            all keys or more are in aligned runs and no capacity is given, because that is known by a read-back only.
+        grouped: whether lists are; only those of single keys (slice_n 1) can be. None groups them if GROUPED_SHARE
+            (below slice_m 128 GROUPED_SHARE_OF_FINE) of all keys or more are in aligned runs and no capacity is given,
+            because that is known by a read-back only.
     """
     backend = backend or device_masks.backend_of(mask.bits)
     words = mask.bits.contiguous()
@@ -80,7 +84,8 @@ def compact(mask, capacity: int | None, backend: str | None = None, grouped: boo
     if capacity is None:
         capacity, total, in_runs = torch.stack([needed, counts.sum(), runs.sum()]).tolist()
         if grouped is None:
-            grouped = mask.slice_n == 1 and in_runs >= max(1, GROUPED_SHARE * total)
+            share = GROUPED_SHARE if mask.slice_m >= 128 else GROUPED_SHARE_OF_FINE
+            grouped = mask.slice_n == 1 and in_runs >= max(1, share * total)
     if not grouped:
         runs = None
     offset, counts, overflow = fit(offset, counts, needed, capacity)

@@ -89,9 +89,20 @@ def test_grouped_lists_have_their_aligned_runs_first(case):
     plain = Plan.from_mask(mask, grouped=False)
     assert not plain.grouped and plain.signature != plan.signature
     assert torch.equal(plain.keys, plan.keys) and torch.equal(plain.offset, plan.offset)
-    # Unless told, lists are grouped where half of all keys or more stand in runs.
+    # Unless told, lists are grouped where half of all keys or more stand in runs, nine tenths below slice_m 128.
     in_runs, total = sum(runs for _, runs in expected), int(keep.sum())
-    assert Plan.from_mask(mask).grouped == (total > 0 and 2 * in_runs >= total)
+    tenths = 5 if mask.slice_m >= 128 else 9
+    assert Plan.from_mask(mask).grouped == (total > 0 and 10 * in_runs >= tenths * total)
+
+
+@pytest.mark.parametrize(("slice_m", "singles", "wanted"), [(128, 16, True), (128, 17, False), (64, 1, True), (64, 2, False)])
+def test_fine_slices_group_later(slice_m, singles, wanted):
+    """Two aligned runs and single keys of other octets: a share of 16 / (16 + singles) in runs."""
+    keep = torch.zeros(1, 1, 1, 256, dtype=torch.bool)
+    keep[..., :16] = True
+    keep[..., 24 : 24 + 8 * singles : 8] = True
+    mask = SliceMask.from_dense(keep, slice_m=slice_m, slice_n=1, seqlen_q=slice_m, seqlen_k=256)
+    assert Plan.from_mask(mask).grouped == wanted
 
 
 def test_what_is_never_grouped():

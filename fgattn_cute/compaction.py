@@ -16,7 +16,7 @@ from fgattn_cute import device_masks
 
 LIST_ALIGN = 8  # ids: a list starts on 32 bytes
 PLAN_SLACK = 256  # ids past the last list, at least one largest tile, so that a tail read stays inside the buffer
-# Share of all keys in aligned runs from which on lists have those first. Measured on one H200 (docs/kernel.md): at half,
+# Share of all keys in aligned runs from which on lists have those first. Measured on an H200 (docs/kernel.md): at half,
 # boxes gain 6 to 10 % at M = 128 and 1 to 2 % at M = 192; at M = 64 they lose 2 % there and gain 3 to 4 % at the whole.
 GROUPED_SHARE = 0.5
 GROUPED_SHARE_OF_FINE = 0.9  # slice_m below 128

@@ -95,7 +95,9 @@ def test_grouped_lists_have_their_aligned_runs_first(case):
     assert Plan.from_mask(mask).grouped == (total > 0 and 10 * in_runs >= tenths * total)
 
 
-@pytest.mark.parametrize(("slice_m", "singles", "wanted"), [(128, 16, True), (128, 17, False), (64, 1, True), (64, 2, False)])
+@pytest.mark.parametrize(
+    ("slice_m", "singles", "wanted"), [(128, 16, True), (128, 17, False), (64, 1, True), (64, 2, False)]
+)
 def test_fine_slices_group_later(slice_m, singles, wanted):
     """Two aligned runs and single keys of other octets: a share of 16 / (16 + singles) in runs."""
     keep = torch.zeros(1, 1, 1, 256, dtype=torch.bool)

@@ -46,9 +46,10 @@ bench: $(INSTALLED) ## what can be measured without a GPU: host overhead, compil
 # A machine that can download nothing sets GPU_PYTHON to an interpreter with torch and the runtime wheels; no
 # environment is made then. docs/performance.md says how to bring wheels and kernels along.
 GPU_PYTHON ?= $(BIN)/python
+GPU_MINUTES ?= 20
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## on a Hopper: tests, tuner, benchmarks, pictures; 20 minutes
-	$(GPU_PYTHON) -m perf.gpu
+	$(GPU_PYTHON) -m perf.gpu --minutes $(GPU_MINUTES)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .demo .gpu-results build *.egg-info .pytest_cache .ruff_cache .hypothesis

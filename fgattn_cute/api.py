@@ -17,10 +17,12 @@ from .errors import InputError, UnsupportedError, describe_tensor, refusal
 from .explanation import Explanation
 from .kernels.spec import FwdSpec
 from .mask import SliceMask
+from .parts import PartsPlan
 from .plan import Plan
 from .plan_choice import OWN, choose
 from .problem import Problem
 from .select import Choice, select
+from .shared import SharedLists
 from .unions import UnionPlan, rows_for
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
@@ -33,7 +35,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan | SliceMask | UnionPlan,
+    plan: Plan | SliceMask | UnionPlan | PartsPlan,
     *,
     scale: float | None = None,
     return_lse: bool = False,
@@ -130,7 +132,7 @@ def run(q, k, v, plan, scale, layout, backend, spec, checks, logit_bound):
         _check_bound(logit_bound)
         where = pick_backend(q, k, v, plan, backend)
         if where == "reference":
-            lists = plan.to_mask() if isinstance(plan, UnionPlan) else plan
+            lists = plan.to_mask() if isinstance(plan, SharedLists) else plan
             scale = problem.head_dim**-0.5 if scale is None else scale
             out, lse = reference.attention(q, k, v, lists, scale=scale, return_lse=True, layout=layout)
             return out.to(q.dtype), lse
@@ -155,7 +157,7 @@ def explain(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan | SliceMask | UnionPlan,
+    plan: Plan | SliceMask | UnionPlan | PartsPlan,
     *,
     layout: str = "bshd",
     spec: FwdSpec | str | None = None,
@@ -243,7 +245,7 @@ def _check_bound(logit_bound) -> None:
         raise InputError(f"logit_bound {logit_bound} is not a finite number of at least 0 (nats)")
 
 
-def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | UnionPlan:
+def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | UnionPlan | PartsPlan:
     """The mask's plan for a call: the best where a kernel runs and blocks could share lists, else lists of its own.
 
     Without the compiler, too, lists of its own: kernels for unions need not be among those that were brought along.

@@ -16,7 +16,7 @@ from fgattn_cute.kernels.spec import HEAD_DIMS
 from fgattn_cute.mask import SliceMask
 from fgattn_cute.plan import MAX_WORK_BATCH, MAX_WORK_HEADS, Plan
 from fgattn_cute.problem import LAYOUTS, Problem
-from fgattn_cute.unions import UnionPlan
+from fgattn_cute.shared import SharedLists
 
 LEVELS = ("off", "fast", "full")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -101,7 +101,7 @@ def _rank_reasons(q, k, v, plan) -> list[Reason]:
             found.append(Reason(f"{name} is a {type(x).__name__}, not a torch tensor"))
         elif x.ndim != 4:
             found.append(Reason(f"{name} has rank {x.ndim}, not 4: (batch, seqlen, heads, head_dim)"))
-    if not isinstance(plan, (Plan, SliceMask, UnionPlan)):
+    if not isinstance(plan, (Plan, SliceMask, SharedLists)):
         hint = " (make it with SliceMask.from_dense)" if isinstance(plan, torch.Tensor) else ""
         found.append(Reason(f"plan is a {type(plan).__name__}, not a Plan or SliceMask{hint}", PlanError))
     if found:
@@ -250,7 +250,7 @@ def _error(found: list[Reason], q, k, v, plan, problem: Problem | None) -> FgAtt
     kinds = {reason.error for reason in found}
     kind = kinds.pop() if len(kinds) == 1 else InputError
     asked = [describe_tensor(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
-    asked.append(repr(plan) if isinstance(plan, (Plan, SliceMask, UnionPlan)) else f"plan {type(plan).__name__}")
+    asked.append(repr(plan) if isinstance(plan, (Plan, SliceMask, SharedLists)) else f"plan {type(plan).__name__}")
     headline = "fgattn_cute attention cannot run these inputs"
     return kind(refusal(headline, asked, found, _nearest(q, problem, plan)))
 

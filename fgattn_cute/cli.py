@@ -349,7 +349,7 @@ def explain(
     slice_n: Annotated[int, typer.Option(min=1, help="Keys of a slice.")] = 1,
     density: Annotated[float, typer.Option(min=0, max=1, help="Kept fraction of the pairs.")] = 0.3,
     union_factor: Annotated[
-        float, typer.Option(help="Of blocks that share a list (slice_m 16 to 96): weigh unions; 0 leaves them out.")
+        float, typer.Option(help="Of blocks that share a list (slice_m 16 to 96): weigh shared lists; 0: none.")
     ] = 0.0,
     gpu: Annotated[str, typer.Option(help="File of configs/ without .yaml; by default this machine's GPU.")] = "",
     as_json: AsJson = False,
@@ -361,6 +361,7 @@ def explain(
     from fgattn_cute.checks import check
     from fgattn_cute.explanation import Explanation
     from fgattn_cute.mask import SliceMask
+    from fgattn_cute.parts import expected_loads
     from fgattn_cute.plan_choice import price, ways
     from fgattn_cute.select import select
 
@@ -378,11 +379,13 @@ def explain(
         if union_factor < 1:
             raise typer.BadParameter("pairs computed over pairs kept are at least 1", param_hint="--union-factor")
         kinds = ways(slice_m, slice_n, coarser=False)
-        plans = price(problem, chosen_for, density, {way: union_factor if way.blocks > 1 else 1.0 for way in kinds})
-        problem = dataclasses.replace(problem, union_blocks=next(w.blocks for w in kinds if w.name == plans.chosen))
+        factors = {way: union_factor if way.blocks > 1 and way.lists == "bits" else 1.0 for way in kinds}
+        loads = expected_loads(union_factor, density * seqlen_k)
+        plans = price(problem, chosen_for, density, factors, loads)
+        problem = next(way.asked(problem) for way in kinds if way.name == plans.chosen)
     choice = select(problem, chosen_for)
-    factor = union_factor if problem.union_blocks > 1 else 1.0
-    explained = Explanation.of(problem, chosen_for, choice, density, refused=(), plans=plans, union_factor=factor)
+    sharing = {} if plans is None else {"union_factor": plans.option.union_factor, "loads": plans.option.loads_per_key}
+    explained = Explanation.of(problem, chosen_for, choice, density, refused=(), plans=plans, **sharing)
     if as_json:
         print_json(explained.as_dict())
     else:

@@ -102,6 +102,15 @@ def describe_union_plan(plan) -> Description:
     return facts
 
 
+def describe_parts_plan(plan) -> Description:
+    """Facts of the mask of lists in parts, with what they load and the plan's own memory."""
+    facts = describe_mask(plan.to_mask())
+    facts["blocks_of_a_list"] = plan.union_blocks
+    facts["loads_per_key"] = plan.loads_per_key
+    facts["bytes_as_lists"] = plan.nbytes
+    return facts
+
+
 def tile_rate(slice_m: int) -> float:
     """Rate of useful FLOPs against dense attention, before per-list overhead.
 

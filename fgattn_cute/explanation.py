@@ -24,6 +24,7 @@ class Explanation:
     grid: CTAs of the launch.
     prediction: what the cost model expects of the kernel; ``runners_up_tflops`` the same of each runner-up, packed.
     union_factor: pairs that unions compute over pairs kept; 1 without unions.
+    loads_per_key: keys loaded over keys that blocks keep where lists come in parts; None elsewhere.
     plans: the kinds of plan that the mask could have, which was taken and why; None where a plan was given.
     """
 
@@ -40,6 +41,7 @@ class Explanation:
     prediction: roofline.Prediction | None
     runners_up_tflops: tuple[float, ...]
     union_factor: float = 1.0
+    loads_per_key: float | None = None
     plans: PlanChoice | None = None
 
     @classmethod
@@ -53,18 +55,19 @@ class Explanation:
         plan=None,
         plans: PlanChoice | None = None,
         union_factor: float = 1.0,
+        loads: float | None = None,
     ) -> Explanation:
         """Explains a choice.
 
         Args:
             plan: whose lists are priced; without one every block keeps ``density`` of the keys and unions have a
-                factor of ``union_factor``.
+                factor of ``union_factor``, lists in parts load ``loads`` keys per kept key.
             plans: how the plan was chosen, where it was.
         """
         effective = problem.effective_flops()
         spec = choice.spec if choice else None
         others = () if choice is None else tuple(runners_up(problem, gpu, spec))
-        predict = _predictor(problem, gpu, density, plan, union_factor)
+        predict = _predictor(problem, gpu, density, plan, union_factor, loads)
         items = problem.batch * problem.heads * -(-problem.blocks_q // problem.union_blocks)
         rows = problem.rows
         return cls(
@@ -81,6 +84,7 @@ class Explanation:
             prediction=predict(spec) if spec else None,
             runners_up_tflops=tuple(predict(other.spec).packed_tflops for other in others),
             union_factor=getattr(plan, "union_factor", union_factor),
+            loads_per_key=getattr(plan, "loads_per_key", loads),
             plans=plans,
         )
 
@@ -94,6 +98,7 @@ class Explanation:
             "packed_flops": self.packed_flops,
             "effective_flops": self.effective_flops,
             "union_factor": self.union_factor,
+            "loads_per_key": self.loads_per_key,
         }
         if self.plans is not None:
             found["plans"] = dataclasses.asdict(self.plans)
@@ -129,7 +134,9 @@ class Explanation:
             f"work      density {self.density:.4g}: {_flops(self.packed_flops)} packed, "
             f"{_flops(self.effective_flops)} effective (dense)"
         )
-        if self.problem.union_blocks > 1:
+        if self.loads_per_key is not None:
+            lines.append(f"parts     {self.loads_per_key:.2f} keys loaded for each that a block keeps")
+        elif self.problem.union_blocks > 1:
             lines.append(f"unions    factor {self.union_factor:.2f}: pairs computed over pairs kept")
         if self.plans is not None:
             texts = [f"{self.plans.chosen}: {self.plans.why}", *map(str, self.plans.options)]
@@ -175,11 +182,13 @@ class Explanation:
         )
 
 
-def _predictor(problem: Problem, gpu: Gpu, density: float, plan, union_factor: float):
+def _predictor(problem: Problem, gpu: Gpu, density: float, plan, union_factor: float, loads: float | None):
     """spec -> Prediction for the problem's lists, which are read once."""
     facts = facts_for(gpu)
     if plan is None:
         work = roofline.Workload.uniform(problem, density, union_factor=union_factor)
+        if loads is not None:
+            work = dataclasses.replace(work, loads=problem.union_blocks * loads / union_factor)
     else:
         work = roofline.Workload.of(problem, plan)
     return lambda spec: roofline.predict(spec, facts, work)

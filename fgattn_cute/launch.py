@@ -141,7 +141,8 @@ def _launch(launcher: Launcher, q, k, v, plan, scale, logit_bound, sms: int):
     unions = (plan.members, plan.blocks) if spec.union_blocks > 1 else (None, None)
     try:
         launcher.kernel(*tensors, grid_size(spec, items, launcher.slice_m, sms), wave, *unions)
-        if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound, spec.union_blocks):
+        sharing = 1 if spec.parts else spec.union_blocks  # in parts a row's reference is a key that it keeps
+        if launcher.redo is not None and needs_redo(plan.seqlen_k, logit_bound, sharing):
             launcher.redo(*tensors, redo_grid_size(spec, items, launcher.slice_m, sms), wave, *unions)
     except (TypeError, ValueError) as why:
         if isinstance(why, FgAttnError):

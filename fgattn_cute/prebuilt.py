@@ -112,7 +112,7 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
 
 def unions_of(specs: Iterable[FwdSpec]) -> list:
     """The kernels by which blocks of 16 to 96 queries share the lists of these, redo passes and packing included."""
-    from .select import for_union
+    from .select import for_parts, for_union
     from .unions import rows_for
 
     found: dict = {}
@@ -124,6 +124,12 @@ def unions_of(specs: Iterable[FwdSpec]) -> list:
             found[union] = found[MemberSpec(union_blocks=union.union_blocks)] = None
             if union.softmax == "fixed_ref":
                 found[union.redo_spec()] = None
+    for spec in specs:
+        shared = for_parts(spec)
+        if not spec.redo and not shared.reasons():
+            found[shared] = None
+            if shared.softmax == "fixed_ref":
+                found[shared.redo_spec()] = None
     return list(found)
 
 

@@ -24,6 +24,7 @@ class Problem:
     slice_m, slice_n: the plan's slices.
     plan_batch, plan_heads: what the plan stores; 1 means shared.
     union_blocks: query blocks that share a list; 1 for a Plan.
+    union_lists: "parts" for a PartsPlan, else "bits", as FwdSpec has it.
     density_bucket: minus log2 of the kept fraction, rounded down, as the plan's allocation tells it without asking the
         device. None where that is not known.
     nearly_full: whether eight ninths of all segments or more are kept, as the allocation tells it.
@@ -47,6 +48,7 @@ class Problem:
     plan_batch: int
     plan_heads: int
     union_blocks: int = 1
+    union_lists: str = "bits"
     density_bucket: int | None = None
     nearly_full: bool = False
     grouped: bool = False
@@ -73,6 +75,7 @@ class Problem:
             plan_batch=plan.batch,
             plan_heads=plan.heads,
             union_blocks=getattr(plan, "union_blocks", 1),
+            union_lists=getattr(plan, "union_lists", "bits"),
             density_bucket=getattr(plan, "density_bucket", None),
             nearly_full=getattr(plan, "nearly_full", False),
             grouped=getattr(plan, "grouped", False),

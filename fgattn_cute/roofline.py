@@ -64,6 +64,7 @@ def counts(spec: FwdSpec, keys: Iterable[int], *, slice_m: int, seqlen_q: int) -
 
     Args:
         spec: not a redo spec. kv_loads runs and octets count as the gather: which tiles come as boxes is in the ids.
+            Not for lists in parts, of which lengths say too little.
         keys: length of every list in keys, (batch, heads, blocks_q) flattened: query blocks fastest.
         slice_m, seqlen_q: of the plan.
     """
@@ -187,7 +188,7 @@ def _estimated(spec: FwdSpec) -> Instructions:
     consumer = 1.75 * spec.tile_n + 4 * products + 35 + 20 * spec.ping_pong
     if spec.softmax == "exact":
         consumer += spec.tile_n / 2 + spec.head_dim / 2 + 30
-    if spec.union_blocks > 1:
+    if spec.keep_bits:
         consumer += spec.tile_n / 2 + 15  # a select for every score and the mask word
     producer = 3 * spec.rows_per_thread * spec.atoms_per_row + 65
     if spec.kv_loads == "boxes":
@@ -240,23 +241,27 @@ class Machine:
         )
 
 
-def tile_cycles(spec: FwdSpec, machine: Machine, found: Instructions, hbm_bytes: float = 0.0) -> dict[str, float]:
+def tile_cycles(
+    spec: FwdSpec, machine: Machine, found: Instructions, hbm_bytes: float = 0.0, loads: float = 1.0
+) -> dict[str, float]:
     """Cycles of an SM for one packed tile of one CTA, by resource.
 
     Args:
         hbm_bytes: bytes from or to device memory for each tile.
+        loads: tiles loaded for each, more than one for lists in parts.
     """
     tile_bytes = 2 * spec.tile_n * spec.head_dim * ELEMENT_BYTES  # K and V
+    loaded = loads * tile_bytes
     query_bytes = 0 if spec.q_source == "registers" else WGMMA_ROWS * spec.head_dim * ELEMENT_BYTES
     flops = 4 * spec.tile_m * spec.tile_n * spec.head_dim
-    slots = spec.consumer_warpgroups * found.consumer + found.producer
+    slots = spec.consumer_warpgroups * found.consumer + loads * found.producer
     return {
         "tensor core": flops / machine.tensor_flop,
         "exponential": spec.tile_m * spec.tile_n / machine.mufu,
         "issue slots": slots * machine.cycles_per_instruction,
         # Every warpgroup reads all of K and V, and its own Q; the gather writes K and V once.
-        "shared memory": (spec.consumer_warpgroups * (tile_bytes + query_bytes) + tile_bytes) / machine.smem_bytes,
-        "L2": tile_bytes / machine.gather_bytes[spec.ctas_per_sm - 1],
+        "shared memory": (spec.consumer_warpgroups * (tile_bytes + query_bytes) + loaded) / machine.smem_bytes,
+        "L2": loaded / machine.gather_bytes[spec.ctas_per_sm - 1],
         "HBM": hbm_bytes / machine.hbm_bytes,
     }
 
@@ -274,6 +279,7 @@ class Workload:
     keys: length of every list in keys, (batch, heads, blocks) flattened: query blocks fastest.
     heads, batch: of q. kv_heads: of k and v. slice_m: rows that share a list, of all blocks of a union.
     kept_share: kept pairs over those in the lists, less than 1 for unions.
+    loads: tiles loaded per tile computed. Of lists in parts ``keys`` is what a CTA computes, and it loads more.
     """
 
     keys: tuple[int, ...]
@@ -284,15 +290,18 @@ class Workload:
     seqlen_k: int
     slice_m: int
     kept_share: float = 1.0
+    loads: float = 1.0
 
     @classmethod
     def of(cls, problem, plan) -> Workload:
         """Of a problem and its plan; reads the lists' lengths back from the device."""
         repeat = (problem.batch // plan.batch) * (problem.heads // plan.heads)
-        lists = plan.lists if problem.union_blocks > 1 else plan
+        parts = problem.union_lists == "parts"
+        lists = plan.computed if parts else plan.lists if problem.union_blocks > 1 else plan
         work = cls.uniform(problem, 0.0, keys=tuple(lists.keys.flatten().tolist()) * repeat)
         share = plan.density / lists.density if problem.union_blocks > 1 and lists.density else 1.0
-        return dataclasses.replace(work, kept_share=share)
+        loads = sum(plan.lists.keys.flatten().tolist()) * repeat / max(1, sum(work.keys)) if parts else 1.0
+        return dataclasses.replace(work, kept_share=share, loads=loads)
 
     @classmethod
     def uniform(
@@ -356,7 +365,8 @@ def predict(spec: FwdSpec, facts: presets.GpuFacts, work: Workload, found: Instr
     parts = -(-work.slice_m // spec.tile_m)
     tiles = [-(-n // spec.tile_n) for n in work.keys]
     total_tiles = max(1, parts * sum(tiles))
-    cycles = tile_cycles(spec, machine, found, hbm_bytes(spec, machine, work, total_tiles) / total_tiles)
+    memory = hbm_bytes(spec, machine, work, total_tiles) / total_tiles
+    cycles = tile_cycles(spec, machine, found, memory, work.loads)
     tile = joined(cycles, machine.overlap)
     # The CTAs of an SM share it: each takes the tile's cycles once for every CTA that is resident.
     items = [n * tile * spec.ctas_per_sm + machine.list_cycles for n in launch_order(work, tiles) for _ in range(parts)]
@@ -389,7 +399,7 @@ def hbm_bytes(spec: FwdSpec, machine: Machine, work: Workload, tiles: int) -> fl
     once = 2 * row * (work.batch * work.heads * work.seqlen_q + work.batch * work.kv_heads * work.seqlen_k)
     footprint = 2 * row * work.seqlen_k
     missing = max(0.0, 1 - machine.l2_bytes / footprint)
-    return once + missing * tiles * 2 * row * spec.tile_n
+    return once + missing * tiles * work.loads * 2 * row * spec.tile_n
 
 
 def launch_order(work: Workload, tiles: list[int]) -> list[int]:

@@ -18,7 +18,7 @@ import functools
 from . import presets, settings, tuned
 from .errors import InputError, PresetError, UnsupportedError, refusal
 from .gpu import Gpu
-from .kernels.spec import UNION_TILES_N, FwdSpec
+from .kernels.spec import PARTS_BLOCKS, PARTS_STAGES, PARTS_TILE_N, UNION_TILES_N, FwdSpec
 from .presets import Preset, PresetFile
 from .problem import Problem
 
@@ -81,9 +81,10 @@ def select(problem: Problem, gpu: Gpu, spec: FwdSpec | str | None = None) -> Cho
         return _explicit(problem, gpu, spec)
     ranked = _ranked(problem, files_for(gpu))
     if not ranked:
-        asked = [problem.describe(), f"{problem.union_blocks} blocks to a union"]
-        why_not = [f"no preset has a tile of {problem.rows} rows that unions can use"]
-        raise UnsupportedError(refusal("no kernel serves these unions", asked, why_not, "Plan.from_mask(mask)"))
+        kind = _kind(problem)
+        asked = [problem.describe(), f"{problem.union_blocks} blocks to a {kind}"]
+        why_not = [f"no preset has a tile of {problem.rows} rows that a {kind} can use"]
+        raise UnsupportedError(refusal("no kernel shares these lists", asked, why_not, "Plan.from_mask(mask)"))
     found = None if ranked[0][0].source == "user" else tuned.find(problem, gpu)
     return ranked[0][0] if found is None else _tuned(*found)
 
@@ -106,7 +107,19 @@ def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
     if problem.union_blocks > 1 and spec.tile_m != problem.rows:
         budgets = {"consumer_registers": None, "producer_registers": None}
         spec = dataclasses.replace(spec, tile_m=problem.rows, **budgets)
-    return for_union(spec, problem.union_blocks)
+    return for_lists(spec, problem)
+
+
+def for_lists(spec: FwdSpec, problem: Problem) -> FwdSpec:
+    """The same kernel for the lists of a problem's plan, shared or not."""
+    return for_parts(spec) if problem.union_lists == "parts" else for_union(spec, problem.union_blocks)
+
+
+def for_parts(spec: FwdSpec) -> FwdSpec:
+    """The same kernel for lists in parts, which fix its tile. Of 64 and 80 keys and 3 to 5 stages these were fastest
+    (one H200, 2026-11-23, perf/results/h200/2026-11-23-parts.jsonl)."""
+    lists = {"union_blocks": PARTS_BLOCKS, "union_lists": "parts", "kv_loads": "gather"}
+    return dataclasses.replace(spec, **lists, tile_n=PARTS_TILE_N, kv_stages=PARTS_STAGES)
 
 
 def for_union(spec: FwdSpec, union_blocks: int) -> FwdSpec:
@@ -220,7 +233,7 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
     for source, file, preset in meant + able + last:
         spec = preset.spec(**facts, nearly_full=problem.nearly_full, grouped=problem.grouped)
         if problem.union_blocks > 1:
-            spec = for_union(spec, problem.union_blocks)
+            spec = for_lists(spec, problem)
             if misfits(spec, problem) or spec.reasons():
                 continue
         rows = rows_computed(spec.tile_m, m)
@@ -244,14 +257,18 @@ def _facts(problem: Problem) -> dict:
 
 
 def _wanted(problem: Problem) -> str:
-    union = f", {problem.union_blocks} blocks to a union" if problem.union_blocks > 1 else ""
+    union = f", {problem.union_blocks} blocks to a {_kind(problem)}" if problem.union_blocks > 1 else ""
     return f"{problem.dtype_name}, head_dim {problem.head_dim}, slice_m {problem.slice_m}{union}"
+
+
+def _kind(problem: Problem) -> str:
+    return "list in parts" if problem.union_lists == "parts" else "union"
 
 
 def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:
     preset_id = None
     if isinstance(spec, str):
-        preset_id, spec = spec, for_union(_by_id(problem, gpu, spec), problem.union_blocks)
+        preset_id, spec = spec, for_lists(_by_id(problem, gpu, spec), problem)
     elif not isinstance(spec, FwdSpec):
         raise InputError(f"spec is a {type(spec).__name__}, not a FwdSpec or the id of a preset")
     differing = [
@@ -264,7 +281,8 @@ def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:
     ]
     if differing:
         raise InputError(refusal("the spec does not fit the call", [spec.name, problem.describe()], differing))
-    spec = dataclasses.replace(spec, slice_n=problem.slice_n, union_blocks=problem.union_blocks)
+    lists = {"union_blocks": problem.union_blocks, "union_lists": problem.union_lists}
+    spec = dataclasses.replace(spec, slice_n=problem.slice_n, **lists)
     why_not = misfits(spec, problem) + spec.reasons()
     if spec.redo:
         why_not.append("redo is the second pass of a fixed_ref launch, which the launch itself makes")

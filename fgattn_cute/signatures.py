@@ -84,7 +84,11 @@ def _forward(spec: FwdSpec) -> list:
     batch, seqlen_q, seqlen_k, heads, kv_heads, num_ids, num_work, num_words, num_unions = _symbols(9)
     unions = (None, None)
     if spec.union_blocks > 1:
-        unions = [_packed(Int32, (n, spec.union_blocks), 4) for n in (num_words, num_unions)]
+        blocks = _packed(Int32, (num_unions, spec.union_blocks), 4)
+        if spec.parts:
+            unions = [_packed(Int32, (num_unions, spec.union_blocks, num_words), 4), blocks]
+        else:
+            unions = [_packed(Int32, (num_words, spec.union_blocks), 4), blocks]
     return [
         _activation(spec.dtype, batch, seqlen_q, heads, spec.head_dim),  # q
         _activation(spec.dtype, batch, seqlen_k, kv_heads, spec.head_dim),  # k

@@ -40,6 +40,7 @@ def key_of(problem: Problem, gpu: Gpu) -> dict:
         "slice_m": problem.slice_m,
         "slice_n": problem.slice_n,
         "union_blocks": problem.union_blocks,
+        "union_lists": problem.union_lists,
         "density_bucket": problem.density_bucket,
         "grouped": problem.grouped,
         "seqlen_q_bucket": problem.seqlen_q.bit_length(),
@@ -78,7 +79,8 @@ def find(problem: Problem, gpu: Gpu) -> tuple[FwdSpec, dict] | None:
     except (OSError, ValueError, KeyError, TypeError) as why:
         log.warning("damaged tuning record %s is ignored (%s: %s)", path, type(why).__name__, why)
         return None
-    return dataclasses.replace(spec, slice_n=problem.slice_n, union_blocks=problem.union_blocks), record
+    lists = {"union_blocks": problem.union_blocks, "union_lists": problem.union_lists}
+    return dataclasses.replace(spec, slice_n=problem.slice_n, **lists), record
 
 
 def store(record: dict) -> Path | None:

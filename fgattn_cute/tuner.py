@@ -196,7 +196,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Candidate]:
                 changed = dict(choice)
                 if changed.get("ctas_per_sm", own.ctas_per_sm) != own.ctas_per_sm or "tile_m" in changed:
                     changed |= {"consumer_registers": None, "producer_registers": None}
-                spec = select.for_union(dataclasses.replace(own, **changed), problem.union_blocks)
+                spec = select.for_lists(dataclasses.replace(own, **changed), problem)
                 if spec not in found:
                     found[spec] = Candidate(spec, preset.id, rejected=_cannot_run(spec, problem))
     return list(found.values())

@@ -8,16 +8,16 @@ block says whose it is. The result is each block's own softmax, exactly.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 
 from fgattn_cute import bits as _bits
-from fgattn_cute import device_masks, orders
+from fgattn_cute import device_masks
 from fgattn_cute.errors import PlanError
-from fgattn_cute.mask import SliceMask, block_rows, blocks_of
-from fgattn_cute.plan import Plan, number_of
+from fgattn_cute.mask import SliceMask
+from fgattn_cute.plan import Plan
+from fgattn_cute.shared import SharedLists, grouped
 
 CTA_ROWS = (128, 192)  # query rows of a CTA that blocks may share
 ROW_STEP = 16  # rows of a warp, which serves one block
@@ -25,8 +25,7 @@ SLACK_WORDS = 8  # a tail tile reads words past its list's end
 _CHUNK_WORDS = 1 << 16  # words packed at a time: bounds the temporaries
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class UnionPlan:
+class UnionPlan(SharedLists):
     """Lists of unions, and which block keeps what of them.
 
     lists: a Plan of the union mask: its query blocks are the unions, ``union_blocks * slice_m`` rows each.
@@ -35,12 +34,6 @@ class UnionPlan:
     blocks: int32 (unions, union_blocks), the query blocks of each union; ceil(seqlen_q / slice_m) or more means none.
     slice_m: queries of a block.
     """
-
-    lists: Plan
-    members: torch.Tensor
-    blocks: torch.Tensor
-    slice_m: int
-    _work: dict = dataclasses.field(default_factory=dict, init=False)
 
     @classmethod
     def from_mask(
@@ -76,69 +69,13 @@ class UnionPlan:
             )
         rows = rows or legal[0]
         size = rows // mask.slice_m
-        if isinstance(order, str):
-            if order != "similar":
-                raise PlanError(f'order {order!r} is neither a permutation nor "similar"')
-            order = orders.similar(mask, rows)
-        blocks = _grouped(mask, order, size)
-        # One row of zeros stands for the blocks that the last union lacks.
-        words = torch.nn.functional.pad(mask.bits, (0, 0, 0, 1))
-        row = blocks.clamp(max=mask.blocks_q).flatten(-2)[..., None].expand(*blocks.shape[:2], -1, words.shape[-1])
-        parts = words.gather(2, row).unflatten(2, blocks.shape[2:])
+        blocks, parts = grouped(mask, order, size)
         union = functools.reduce(torch.bitwise_or, parts.unbind(3))
         geometry = {**mask.geometry, "slice_m": rows}
         lists = Plan.from_mask(SliceMask(union.contiguous(), **geometry), grouped=False)
         words = parts.flatten(0, 2).contiguous()
         members = _pack(lists, words, backend or device_masks.backend_of(mask.bits))
         return cls(lists, members, blocks.flatten(0, 2).to(torch.int32).contiguous(), mask.slice_m)
-
-    # ---- facts, as a Plan has them --------------------------------------------------------------------------------
-    @property
-    def union_blocks(self) -> int:
-        """Query blocks of a union."""
-        return self.members.shape[1]
-
-    @property
-    def ids(self) -> torch.Tensor:
-        return self.lists.ids
-
-    @property
-    def slice_n(self) -> int:
-        return self.lists.slice_n
-
-    @property
-    def seqlen_q(self) -> int:
-        return self.lists.seqlen_q
-
-    @property
-    def seqlen_k(self) -> int:
-        return self.lists.seqlen_k
-
-    @property
-    def batch(self) -> int:
-        return self.lists.batch
-
-    @property
-    def heads(self) -> int:
-        return self.lists.heads
-
-    @property
-    def device(self) -> torch.device:
-        return self.lists.device
-
-    @functools.cached_property
-    def signature(self) -> tuple:
-        """Everything about the plan that the soundness of a call depends on, besides the stored values."""
-        return (type(self), self.slice_m, *self.lists.signature)
-
-    @functools.cached_property
-    def signature_number(self) -> int:
-        """As of a Plan."""
-        return number_of(self.signature)
-
-    @property
-    def nbytes(self) -> int:
-        return self.lists.nbytes + sum(t.numel() * t.element_size() for t in (self.members, self.blocks))
 
     def kept_keys(self) -> torch.Tensor:
         """Kept keys of each block: int64 (unions, union_blocks), on the plan's device."""
@@ -147,18 +84,6 @@ class UnionPlan:
         total = torch.zeros(self.members.shape[0] + 1, self.union_blocks, dtype=torch.int64, device=self.device)
         torch.cumsum(_bits.popcount(self.members), 0, out=total[1:])
         return total[ends] - total[starts]
-
-    def kept_pairs(self) -> torch.Tensor:
-        """Kept (query, key) pairs: int64 (), on the plan's device."""
-        count = blocks_of(self.seqlen_q, self.slice_m)
-        rows = torch.zeros(count + 1, dtype=torch.int64, device=self.device)  # the last: a block that is none
-        rows[:count] = block_rows(self.seqlen_q, self.slice_m, self.device)
-        return (self.kept_keys() * rows[self.blocks.long().clamp(max=count)]).sum()
-
-    @property
-    def density(self) -> float:
-        """Exact fraction of (query, key) pairs that are kept. Reads one number back from the device."""
-        return int(self.kept_pairs()) / (self.batch * self.heads * self.seqlen_q * self.seqlen_k)
 
     @property
     def union_factor(self) -> float:
@@ -177,27 +102,8 @@ class UnionPlan:
         """What is wrong with the stored lists, one sentence each. Reads them back."""
         return self.lists.validate()
 
-    def __repr__(self) -> str:
-        return (
-            f"UnionPlan({self.union_blocks} blocks of {self.slice_m} queries to a union, slice_n {self.slice_n}, "
-            f"seqlen {self.seqlen_q} x {self.seqlen_k}, batch {self.batch}, heads {self.heads}, {self.device})"
-        )
-
-    def work(self, batch: int, heads: int) -> torch.Tensor:
-        """``Plan.work`` of the unions, with the union's number in place of a query block."""
-        cached = self._work.get((batch, heads))
-        if cached is None:
-            work = self.lists.work(batch, heads)
-            head, entry = work[:, 1] & 0xFFFF, work[:, 1] >> 16
-            stored = (entry if self.batch > 1 else 0) * self.heads + (head if self.heads > 1 else 0)
-            union = stored * self.lists.blocks_q + work[:, 0]
-            cached = torch.cat([union[:, None].to(torch.int32), work[:, 1:]], dim=1).contiguous()
-            self._work[batch, heads] = cached
-        return cached
-
     def to_mask(self) -> SliceMask:
         """The mask that the unions were made of."""
-        blocks_q = blocks_of(self.seqlen_q, self.slice_m)
         columns = self.lists.blocks_k
         starts = word_starts(self.lists)
         keep = torch.zeros(starts.numel(), self.union_blocks, columns, dtype=torch.bool, device=self.device)
@@ -208,11 +114,7 @@ class UnionPlan:
             word = self.members[start + position // 32].T
             ids = self.ids[offset + position // self.slice_n].long()
             keep[union, :, ids] = (word >> (position % 32) & 1).bool()
-        dense = torch.zeros(self.batch, self.heads, blocks_q + 1, columns, dtype=torch.bool, device=self.device)
-        place = self.blocks.long().clamp(max=blocks_q).view(self.batch, self.heads, -1)
-        dense.scatter_(2, place[..., None].expand(-1, -1, -1, columns), keep.view(*place.shape, columns))
-        geometry = {**self.lists.geometry, "slice_m": self.slice_m}
-        return SliceMask.from_dense(dense[:, :, :blocks_q], **geometry)
+        return self.mask_of(_bits.pack(keep))
 
 
 def rows_for(slice_m: int) -> tuple[int, ...]:
@@ -224,20 +126,6 @@ def word_starts(lists: Plan) -> torch.Tensor:
     """int64 (unions,): first word of each union. One word more per union than the lists need keeps them apart."""
     flat = lists.offset.flatten()
     return flat * lists.slice_n // 32 + torch.arange(flat.numel(), device=flat.device)
-
-
-def _grouped(mask: SliceMask, order, size: int) -> torch.Tensor:
-    """int64 (batch, heads, unions, size): the query blocks of each union."""
-    batch, heads, count = mask.bits.shape[:3]
-    unions = blocks_of(count, size)
-    if order is None:
-        order = torch.arange(count, device=mask.device)
-    good = isinstance(order, torch.Tensor) and order.dtype == torch.int64
-    if not good or order.shape not in ((count,), (batch, heads, count)):
-        raise PlanError(f"order is not an int64 permutation of {count} query blocks, ({count},) or per batch and head")
-    order = order.to(mask.device).expand(batch, heads, count)
-    missing = torch.arange(count, unions * size, device=mask.device).expand(batch, heads, -1)
-    return torch.cat([order, missing], dim=-1).unflatten(-1, (unions, size))
 
 
 def _pack(lists: Plan, rows: torch.Tensor, backend: str) -> torch.Tensor:

@@ -61,7 +61,7 @@ class FgAttnForwardSm90:
         ctas_per_block: Int32,  # ceil(slice_m / tile_m)
         num_ctas: Int32,
         ctas_per_wave: Int32,  # that fit the GPU at once; only the phases of a persistent kernel depend on it
-        mMembers: cute.Tensor,  # unions only: (words, union_blocks) int32 keep-bits, see masking.KeepBits
+        mMembers: cute.Tensor,  # unions only: int32, see masking.KeepBits or parts.Parts
         mBlocks: cute.Tensor,  # unions only: (num_unions, union_blocks) int32 query blocks
         stream: cuda.CUstream,
     ):

@@ -34,7 +34,7 @@ class Positions:
     * ``spread``: slice_n divides G, while R fits neither way (tile_n 80 with slice_n 2 or 8): one id per row at a
       constant stride. Found by division instead, they cost 4 % of the M = 192 kernel on an H200.
 
-    By quarters, where blocks share a list: a consumer thread, which owns every fourth pair of columns, holds a quarter
+    By quarters, where keys have keep-bits: a consumer thread, which owns every fourth pair of columns, holds a quarter
     of the tile's positions in their order, so that its keep-bits lie side by side in a word of the plan.
 
     * ``each`` again: one id per row, for slice_n 1 at a constant stride.
@@ -44,7 +44,7 @@ class Positions:
         self.groups, self.rows, seg = spec.row_groups, spec.rows_per_thread, spec.slice_n
         self.quarter = spec.tile_n // 4
         self.order = "blocked"
-        if spec.union_blocks > 1:
+        if spec.keep_bits:
             self.expansion, self.ids_per_thread, self.order = "each", self.rows, "quarters"
         elif spec.kv_loads == "boxes":
             self.expansion, self.ids_per_thread, self.order = "box", 0, "interleaved"

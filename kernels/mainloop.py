@@ -15,6 +15,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 
 from .fragments import as_operand_a, convert, multiply
 from .masking import KeepBits, TailMask
+from .parts import Parts
 from .schedule import TensorCoreOrder
 from .smem import element_type
 from .softmax import Softmax
@@ -47,7 +48,8 @@ class Mainloop:
         self.shape_S = qk.partition_shape_C((WGMMA_ROWS, spec.tile_n))
         self.tOrP = pv.make_fragment_A(pv.partition_shape_A((WGMMA_ROWS, spec.tile_n)))
         self.acc_O = cute.make_rmem_tensor(pv.partition_shape_C((WGMMA_ROWS, spec.head_dim)), Float32)
-        self.keep = KeepBits(spec, mMembers, thread, warpgroup_index) if const_expr(spec.union_blocks > 1) else None
+        self.keep = KeepBits(spec, mMembers, thread, warpgroup_index) if const_expr(spec.keep_bits) else None
+        self.parts = Parts(spec, pipes, self.order, mMembers, warpgroup_index) if const_expr(spec.parts) else None
         self.softmax = Softmax(spec, scale_log2, self.keep)
 
     @cute.jit
@@ -62,14 +64,31 @@ class Mainloop:
 
         Returns the new number of tiles.
         """
+        if const_expr(self.parts is None):
+            it = self.attend_list(work, work, it, items)
+        else:
+            share = self.parts.start(work, it)
+            if share.num_keys > 0:
+                it = self.attend_list(work, share, it, items)
+            else:
+                self.pipe_q.wait(items)
+                if const_expr(self.spec.stages_output):
+                    self.pipe_q.release(items)
+            it = self.parts.finish(share, it)
+        return it
+
+    @cute.jit
+    def attend_list(self, work, share, it: Int32, items: Int32) -> Int32:
+        """As ``attend``. share: of the list, what this warpgroup attends to: all of it, or what ``Parts`` says."""
         tile_n = self.spec.tile_n
-        num_keys = work.num_keys
+        num_keys = share.num_keys
         last = cute.ceil_div(num_keys, tile_n) - 1
         if const_expr(self.keep is not None):
             self.keep.start(work.first, work.list_start)
         self.pipe_q.wait(items)
         self.read_q()
 
+        it = self.own_tile(share, it, Int32(0))
         self.wait_tile(self.pipe_k, it)
         acc_S = self.new_scores()
         multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(it)], True)
@@ -82,11 +101,13 @@ class Mainloop:
         self.store_p(acc_S)
 
         for i in cutlass.range(1, last, unroll=1):
-            self.step(it, i, last, tile_n, False)
-            it += 1
+            following = self.own_tile(share, it + 1, i)
+            self.step(it, following, i, last, tile_n, False)
+            it = following
         if last > 0:
-            self.step(it, last, last, num_keys - last * tile_n, True)
-            it += 1
+            following = self.own_tile(share, it + 1, last)
+            self.step(it, following, last, last, num_keys - last * tile_n, True)
+            it = following
 
         if const_expr(self.spec.stages_output):
             self.pipe_q.release(items)
@@ -97,19 +118,34 @@ class Mainloop:
         return it + 1
 
     @cute.jit
-    def step(self, it: Int32, tile: Int32, last: Int32, num_valid: Int32, is_tail: cutlass.Constexpr[bool]):
-        """Q K^T and softmax of tile ``it + 1``, P V of tile ``it``. tile: number in the list of the former."""
+    def own_tile(self, share, it: Int32, tile: Int32) -> Int32:
+        """Where in the pipes this warpgroup's ``tile``-th is, which is ``it`` unless tiles of others come first."""
+        if const_expr(self.parts is not None):
+            it = self.parts.skip(share, it, tile)
+        return it
+
+    @cute.jit
+    def step(
+        self,
+        it: Int32,
+        following: Int32,
+        tile: Int32,
+        last: Int32,
+        num_valid: Int32,
+        is_tail: cutlass.Constexpr[bool],
+    ):
+        """Q K^T and softmax of tile ``following``, P V of tile ``it``. tile: number in the list of the former."""
         if const_expr(self.softmax.fixed):
             self.softmax.guard(self.acc_O, self.tOrP)
-        self.wait_tile(self.pipe_k, it + 1)
+        self.wait_tile(self.pipe_k, following)
         acc_S = self.new_scores()
         self.order.wait_turn(self.warpgroup_index)
-        multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(it + 1)], True)
+        multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(following)], True)
         self.wait_tile(self.pipe_v, it)
         self.multiply_v(it)
         self.order.pass_on(self.warpgroup_index)
         warpgroup.wait_group(1)
-        self.pipe_k.release(it + 1)
+        self.pipe_k.release(following)
         if const_expr(is_tail):
             self.tail_mask.apply(acc_S, num_valid, self.thread)
         if const_expr(self.keep is not None):

@@ -17,6 +17,11 @@ SCHEDULERS = ("grid", "persistent")
 REFERENCE_SCALINGS = ("once", "per_tile")
 PROXY_FENCES = ("producer", "consumer")
 KV_LOADS = ("gather", "boxes", "runs", "octets")
+UNION_LISTS = ("bits", "parts")
+# Lists in parts: blocks that share one, keys of a tile (the plan is laid out in tiles), and what a block's row of its
+# members holds: keys of the block, tiles of the block that has most, and the places of the block's tiles.
+PARTS_BLOCKS, PARTS_TILE_N, PARTS_STAGES = 3, 80, 4
+PARTS_KEYS, PARTS_ROUNDS, PARTS_PLACES = 0, 1, 2
 
 SMEM_LIMIT_BYTES = 232_448  # opt-in shared memory of one CTA on sm_90 (227 KiB)
 SMEM_PER_SM_BYTES = 233_472  # 228 KiB, of which the driver reserves 1 KiB per resident CTA
@@ -67,6 +72,9 @@ class FwdSpec:
     consumer_registers, producer_registers: setmaxnreg targets; None takes the measured default of the warp layout.
     union_blocks: query blocks of the mask that share a CTA and one list, the union of theirs; 1 where a CTA serves one
         block. A block has tile_m / union_blocks rows, and a key counts only for the blocks that keep it.
+    union_lists: how a shared list tells whose a key is. "bits": a bit per block and key, and every block computes every
+        key. "parts": tiles of keys that three blocks keep, that two of them keep, and of each block's own; a block is a
+        warpgroup's 64 rows, which passes over the tiles of others (parts.py).
     redo: second pass after a fixed_ref launch: recomputes only blocks whose LSE is +inf or NaN, with exact softmax.
     """
 
@@ -87,6 +95,7 @@ class FwdSpec:
     consumer_registers: Optional[int] = None
     producer_registers: Optional[int] = None
     union_blocks: int = 1
+    union_lists: str = "bits"
     redo: bool = False
 
     def __post_init__(self):
@@ -164,7 +173,17 @@ class FwdSpec:
     @property
     def q_box_rows(self) -> int:
         """Rows of Q that one TMA box brings: blocks of a union need not be neighbours."""
-        return WARP_ROWS if self.union_blocks > 1 else WGMMA_ROWS
+        return WARP_ROWS if self.keep_bits else WGMMA_ROWS
+
+    @property
+    def parts(self) -> bool:
+        """Whether each warpgroup has tiles of its own in the list."""
+        return self.union_lists == "parts"
+
+    @property
+    def keep_bits(self) -> bool:
+        """Whether a bit of every key in the list tells which of the blocks keep it."""
+        return self.union_blocks > 1 and not self.parts
 
     # ---- budgets --------------------------------------------------------------------------------------------------
     @property
@@ -196,8 +215,8 @@ class FwdSpec:
         """Estimated registers of a consumer thread: S fp32, P 16-bit, O fp32, Q if it is held, and the rest."""
         scores = self.tile_n // 2
         query = self.head_dim // 4 if self.q_source == "registers" else 0
-        bits = 4 if self.union_blocks > 1 else 0
-        return scores + scores // 2 + self.head_dim // 2 + query + bits + CONSUMER_OVERHEAD_REGISTERS
+        members = 4 if self.union_blocks > 1 else 0
+        return scores + scores // 2 + self.head_dim // 2 + query + members + CONSUMER_OVERHEAD_REGISTERS
 
     @property
     def launch_registers(self) -> int:
@@ -222,6 +241,7 @@ class FwdSpec:
             ("scale_reference", self.scale_reference, REFERENCE_SCALINGS),
             ("proxy_fence", self.proxy_fence, PROXY_FENCES),
             ("kv_loads", self.kv_loads, KV_LOADS),
+            ("union_lists", self.union_lists, UNION_LISTS),
             ("tile_m", self.tile_m, (64, 128, 192)),
             ("ctas_per_sm", self.ctas_per_sm, (1, 2)),
         ):
@@ -236,7 +256,20 @@ class FwdSpec:
             f"tile_n {self.tile_n} is not a multiple of {step} up to {MAX_TILE_N} (head_dim {self.head_dim} copies "
             f"{self.row_groups} rows at a time)",
         )
-        if self.union_blocks > 1:
+        if self.parts:
+            blocks, groups = self.union_blocks, self.consumer_warpgroups
+            need(
+                blocks == groups == PARTS_BLOCKS,
+                f"lists in parts are of {PARTS_BLOCKS} blocks, one to a warpgroup, not {blocks} to {groups}",
+            )
+            need(self.tile_n == PARTS_TILE_N, f"lists in parts have tiles of {PARTS_TILE_N} keys, not {self.tile_n}")
+            # A warpgroup holds V of its last tile until K of its next one lands, with a tile of every other in between.
+            need(
+                self.kv_stages >= PARTS_BLOCKS,
+                f"lists in parts of {PARTS_BLOCKS} blocks need as many kv_stages, not {self.kv_stages}",
+            )
+            need(self.slice_n == 1, f"lists in parts hold keys, not segments of {self.slice_n}")
+        elif self.union_blocks > 1:
             rows, rest = divmod(self.tile_m, self.union_blocks)
             need(
                 rest == 0 and rows % WARP_ROWS == 0,
@@ -335,7 +368,7 @@ class FwdSpec:
         parts += ["qreg"] * (self.q_source == "registers") + ["pers"] * (self.scheduler == "persistent")
         parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
         parts += ["tscale"] * (self.scale_reference == "per_tile")
-        parts += [f"u{self.union_blocks}"] * (self.union_blocks > 1)
+        parts += [f"u{self.union_blocks}"] * (self.union_blocks > 1) + ["parts"] * self.parts
         parts += [self.kv_loads] * (self.kv_loads != "gather")
         parts += ["cfence"] * (self.proxy_fence == "consumer") + ["redo"] * self.redo
         return "_".join(parts)

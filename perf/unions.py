@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sharing a list costs and saves: unions against blocks of their own, over the union factor.
+"""What sharing a list costs and saves: unions and lists in parts against blocks of their own, over the union factor.
 
     python -m perf.unions --out perf/results/h200/unions.jsonl       # on a Hopper: one JSON record per kernel
     python -m perf.unions --table                                    # Markdown: which slices pay, by the cost model
@@ -23,9 +23,10 @@ import torch
 
 import fgattn_cute as fg
 from fgattn_cute import gpu as gpus
-from fgattn_cute import roofline, select, workers
+from fgattn_cute import parts, roofline, select, workers
 from fgattn_cute.errors import FgAttnError
-from fgattn_cute.plan_choice import OWN, price, ways
+from fgattn_cute.kernels.spec import WGMMA_ROWS
+from fgattn_cute.plan_choice import OWN, PARTS, price, ways
 from fgattn_cute.timing import CudaTimer, Timer
 from fgattn_cute.unions import UnionPlan, rows_for
 from perf.roofline import problem
@@ -99,6 +100,8 @@ def providers(slice_m: int) -> dict:
     ways = {"own lists": fg.Plan.from_mask}
     for rows in rows_for(slice_m):
         ways[f"unions of {rows} rows"] = functools.partial(UnionPlan.from_mask, rows=rows)
+    if slice_m == WGMMA_ROWS:
+        ways[PARTS] = fg.PartsPlan.from_mask
     return ways
 
 
@@ -109,6 +112,7 @@ def compile_ahead(slices, seqlen: int, heads: int, head_dim: int, gpu: gpus.Gpu)
         asked = problem(seqlen, heads, head_dim, slice_m)
         for blocks in (1, *(rows // slice_m for rows in rows_for(slice_m))):
             specs.add(select.select(dataclasses.replace(asked, union_blocks=blocks), gpu).spec)
+        specs |= {select.select(way.asked(asked), gpu).spec for way in ways(slice_m, 1, False) if way.lists == "parts"}
     specs |= {spec.redo_spec() for spec in specs if spec.softmax == "fixed_ref"}
     for outcome in workers.compile_all(list(specs)):
         if outcome.error:
@@ -142,11 +146,10 @@ def run_case(
             error = float((out - expected).norm() / expected.norm())
             if not error <= MAX_RELATIVE_ERROR:
                 raise ArithmeticError(f"differs from own lists by {error:.2e}")
-            lists = plan.lists if isinstance(plan, UnionPlan) else plan
-            facts[name] |= {
-                "union_factor": round(lists.density / density, 4),
-                "kernel": fg.explain(q, k, v, plan).choice.spec.name,
-            }
+            explained = fg.explain(q, k, v, plan)
+            facts[name] |= {"union_factor": round(explained.union_factor, 4), "kernel": explained.choice.spec.name}
+            if explained.loads_per_key is not None:
+                facts[name]["loads_per_key"] = round(explained.loads_per_key, 4)
             calls[name] = call
         except (FgAttnError, ArithmeticError, RuntimeError) as why:
             yield {**described, "provider": name, "absent": f"{type(why).__name__}: {str(why).splitlines()[0]}"}
@@ -187,11 +190,11 @@ def table(seqlen: int = 16384, heads: int = 24, head_dim: int = 128) -> str:
                     cells.append("-")  # no such mask
                     continue
                 kinds = ways(slice_m, 1, coarser=False)
-                priced = {way: factor if way.blocks > 1 else 1.0 for way in kinds}
-                found = price(problem(seqlen, heads, head_dim, slice_m), gpu, density, priced)
-                option = next(o for o in found.options if o.name == found.chosen)
+                priced = {way: factor if way.blocks > 1 and way.lists == "bits" else 1.0 for way in kinds}
+                loads = parts.expected_loads(factor, density * seqlen)
+                option = price(problem(seqlen, heads, head_dim, slice_m), gpu, density, priced, loads).option
                 ms = 1e3 * option.seconds
-                kind = "own" if option.name == OWN else f"u{option.rows}"
+                kind = {OWN: "own", PARTS: "parts"}.get(option.name, f"u{option.rows}")
                 cells.append(f"{kind} {ms:.2f} ({dense_ms / ms:.1f} x)")
             lines.append(f"| {density:.0%} | {slice_m} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import pytest
 from fgattn_cute import compile as compiler
 from fgattn_cute import cubin, presets
 from fgattn_cute.kernels.spec import FwdSpec
-from fgattn_cute.select import for_union
+from fgattn_cute.select import for_parts, for_union
 from fgattn_cute.unions import rows_for
 
 pytestmark = pytest.mark.skipif(cubin.nvdisasm() is None, reason="needs nvdisasm (pip install nvidia-cuda-nvdisasm)")
@@ -161,6 +161,22 @@ def unions():
 
 @pytest.mark.parametrize("spec", list(unions()))
 def test_unions(spec):
+    check(spec)
+
+
+def lists_in_parts():
+    """Of every preset's kernel of 192 rows, quick at the flagship head dim."""
+    for preset in presets.builtin("h200").presets:
+        for spec in preset.specs():
+            shared = for_parts(spec)
+            if preset.takes(spec.dtype, spec.head_dim, slice_n=1) and not shared.reasons():
+                marks = () if (spec.head_dim, spec.dtype) == (128, "bf16") else (pytest.mark.slow,)
+                for found in (shared, shared.redo_spec())[: 2 if spec.softmax == "fixed_ref" else 1]:
+                    yield pytest.param(found, id=found.name, marks=marks)
+
+
+@pytest.mark.parametrize("spec", list(lists_in_parts()))
+def test_lists_in_parts(spec):
     check(spec)
 
 

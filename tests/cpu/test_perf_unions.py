@@ -47,6 +47,16 @@ def test_records_count_useful_and_executed_flops():
     assert records["own lists"]["union_factor"] == 1.0 and "_u4" in records["unions of 128 rows"]["kernel"]
 
 
+def test_blocks_of_64_have_lists_in_parts_beside_them():
+    mask = unions.pool_mask(64, 1.1, seqlen=768, heads=1, density=0.3)
+    timer = lambda calls, rounds: [Samples((1e-3,) * rounds) for _ in calls]
+    records = {r["provider"]: r for r in unions.run_case(mask, 1.1, timer, 3, 128, None)}
+    assert records.keys() == {"own lists", "unions of 128 rows", "unions of 192 rows", "lists in parts"}
+    found = records["lists in parts"]
+    assert found["kernel"].endswith("u3_parts") and 1 / 3 < found["loads_per_key"] < 0.7
+    assert found["executed_tflops"] == found["useful_tflops"] and "loads_per_key" not in records["own lists"]
+
+
 def test_the_documents_tables_are_the_models():
     text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
     assert unions.table() in text and unions.against_prototype() in text

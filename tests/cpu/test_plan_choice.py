@@ -11,7 +11,7 @@ import torch
 import fgattn_cute as fg
 from fgattn_cute import api, emulator, plan_choice
 from fgattn_cute.gpu import from_config
-from fgattn_cute.plan_choice import OWN, choose, price, ways
+from fgattn_cute.plan_choice import OWN, PARTS, choose, price, ways
 from perf.roofline import problem
 from perf.unions import pool_mask
 
@@ -33,12 +33,15 @@ def measured():
 
 @pytest.mark.parametrize(("case", "times"), measured().items(), ids=str)
 def test_the_choice_is_what_was_measured_faster(case, times):
-    """A union of n random blocks holds 1 - (1 - d)^n of the keys."""
-    slice_m, slice_n, density = case
+    """A union of n random blocks holds 1 - (1 - d)^n of the keys, and so does a list of parts."""
+    (slice_m, slice_n, density), (own, union) = case, times
     factors = {w: (1 - (1 - density) ** w.blocks) / density for w in ways(slice_m, slice_n, coarser=False)}
     asked = problem(16384, 24, 128, slice_m, slice_n)
+    if slice_m == 64:
+        found = price(asked, H200, density, dict.fromkeys(factors, 1.0), (1 - (1 - density) ** 3) / (3 * density))
+        assert found.chosen == OWN and own < union
+        return
     found = price(asked, H200, density, {w: f for w, f in factors.items() if w.rows != 192})
-    own, union = times
     assert (found.chosen != OWN) == (union < own)
     priced = {option.name: 1e3 * option.seconds for option in found.options}
     assert priced[OWN] == pytest.approx(own, rel=0.2)
@@ -49,11 +52,57 @@ def test_there_is_something_to_hold_the_choice_against():
     assert {(16, 1, 0.3), (16, 1, 0.1), (32, 1, 0.3), (64, 1, 0.3)} <= measured().keys()
 
 
-@pytest.mark.parametrize(("slice_m", "factor", "kind"), [(16, 1.2, fg.UnionPlan), (64, 1.5, fg.Plan)])
+@pytest.mark.parametrize(
+    ("slice_m", "factor", "kind"), [(16, 1.2, fg.UnionPlan), (64, 1.5, fg.Plan), (64, 1.1, fg.PartsPlan)]
+)
 def test_best_plan_follows_the_masks_own_factor(slice_m, factor, kind):
-    mask = pool_mask(slice_m, factor, **SIZES, density=0.25)
+    mask = pool_mask(slice_m, factor, **SIZES | {"seqlen": 4096 if slice_m == 64 else 3072}, density=0.25)
     plan = fg.best_plan(mask, gpu=H200)
     assert type(plan) is kind and plan.to_mask() == mask
+
+
+# Useful TFLOPS of own lists and of lists in parts by the union factor of two blocks (30 %, head_dim 128, one H200,
+# 2026-11-23, perf/results/h200/2026-11-23-parts.jsonl).
+PARTS_MEASURED = {
+    (16384, 24): {
+        1.02: (560, 658),
+        1.05: (559, 646),
+        1.1: (559, 641),
+        1.25: (557, 617),
+        1.5: (557, 578),
+        1.68: (559, 529),
+    },
+    (75600, 12): {1.1: (585, 713), 1.5: (584, 632)},
+}
+
+
+@pytest.mark.parametrize(("sizes", "measured"), PARTS_MEASURED.items(), ids=str)
+def test_lists_in_parts_are_taken_where_they_were_measured_faster(sizes, measured):
+    seqlen, heads = sizes
+    asked = problem(seqlen, heads, 128, 64)
+    for factor, (own, in_parts) in measured.items():
+        # Of a pool, a share p: p^2 of a block's keys are all three's, p (1 - p) are each other's alone.
+        keys, p = round(0.3 * seqlen), 2 - factor
+        three, two = keys * p * p, keys * p * (1 - p)
+        loads = (three + 3 * two + 3 * (keys - three - 2 * two)) / (3 * keys)
+        found = price(asked, H200, 0.3, dict.fromkeys(ways(64, 1, coarser=False), 1.0), loads)
+        assert (found.chosen == PARTS) == (in_parts > own)
+        tflops = 4 * 128 * heads * seqlen**2 * 0.3 / found.options[1].seconds / 1e12
+        assert tflops == pytest.approx(in_parts, rel=0.07)
+
+
+def test_blocks_that_share_nothing_get_lists_of_their_own():
+    keep = (torch.arange(900) % 3 == torch.arange(45)[:, None] % 3)[None, None].expand(1, 24, -1, -1)
+    mask = fg.SliceMask.from_dense(keep, slice_m=64, slice_n=1, seqlen_q=45 * 64, seqlen_k=900)
+    asked = problem(45 * 64, 24, 128, 64)
+    found = choose(mask, asked, H200)
+    # Three times 300 keys are twelve tiles; of the same 300 keys three tiles are common and sixty keys are each's own.
+    assert found.chosen == OWN and found.options[1].loads_per_key == pytest.approx(12 * 80 / 900)
+    order = torch.arange(45).view(15, 3).T.flatten()
+    alike = choose(mask, asked, H200, order).options[1]
+    assert alike.loads_per_key == pytest.approx(6 * 80 / 900) and alike.union_factor == 1.0
+    empty = fg.SliceMask.empty(slice_m=64, slice_n=1, seqlen_q=100, seqlen_k=100)
+    assert fg.best_plan(empty, gpu=H200).to_mask() == empty
 
 
 def test_an_order_can_make_unions_worth_it():
@@ -77,7 +126,7 @@ def test_an_empty_mask_and_a_head_dim_without_wide_unions():
     assert fg.best_plan(empty, gpu=H200).to_mask() == empty
     mask = pool_mask(48, 1.2, seqlen=384, heads=1, density=0.2)
     assert type(fg.best_plan(mask, head_dim=256, gpu=H200)) is fg.Plan
-    with pytest.raises(fg.UnsupportedError, match="no preset has a tile of 192 rows that unions can use"):
+    with pytest.raises(fg.UnsupportedError, match="no preset has a tile of 192 rows that a union can use"):
         q = torch.empty(1, 384, 1, 256, dtype=torch.bfloat16)
         fg.explain(q, q, q, fg.UnionPlan.from_mask(mask), gpu=H200)
 
@@ -111,6 +160,35 @@ def test_a_mask_gets_its_best_plan_on_the_kernel_and_the_same_result(monkeypatch
     # Nor can kernels be made without the compiler.
     monkeypatch.setattr(api, "_compiler_installed", lambda: False)
     assert type(api._plan_for(mask, q, k, v, "bshd", "emulator", None, "fast")) is fg.Plan
+
+
+def test_a_mask_whose_blocks_overlap_gets_lists_in_parts_and_the_same_result(monkeypatch):
+    monkeypatch.setattr(plan_choice, "PARTS_MARGIN", 100)  # so few blocks leave most SMs idle either way
+    mask = pool_mask(64, 1.1, seqlen=256, heads=2, density=0.5)
+    q, k, v = (torch.randn(1, 256, 2, 128).bfloat16() for _ in range(3))
+    with emulator.session(seed=1, checks="all"):
+        out = fg.attention(q, k, v, mask, backend="emulator")
+    [plan] = vars(mask)[api._BEST_OF_MASK].values()
+    assert type(plan) is fg.PartsPlan
+    expected = fg.reference.attention(q, k, v, fg.Plan.from_mask(mask))
+    assert (out.float() - expected.float()).norm() / expected.float().norm() < 1e-2
+
+
+def test_explain_and_describe_say_what_parts_load():
+    mask = pool_mask(64, 1.1, seqlen=4096, heads=12, density=0.25)
+    q = torch.empty(1, 4096, 12, 128, dtype=torch.bfloat16)
+    explained = fg.explain(q, q, q, mask, gpu=H200)
+    plan = fg.PartsPlan.from_mask(mask)
+    text = str(explained)
+    assert explained.plans.chosen == PARTS and explained.choice.spec.union_lists == "parts"
+    assert "lists in parts should take" in text and f"{plan.loads_per_key:.2f} keys loaded for each" in text
+    assert explained.loads_per_key == plan.loads_per_key == explained.plans.option.loads_per_key
+    assert plan.describe()["loads_per_key"] == plan.loads_per_key
+    # What the choice expects of mean lengths, and what explain does of the plan's own.
+    assert explained.prediction.seconds == pytest.approx(explained.plans.option.seconds, rel=0.1)
+    assert explained.prediction.packed_tflops == pytest.approx(
+        4 * 128 * int(mask.kept_pairs().sum()) / explained.prediction.seconds / 1e12
+    )
 
 
 def test_explain_shows_every_kind_of_plan_and_says_why():
@@ -151,4 +229,9 @@ def test_the_command_line_weighs_unions_by_their_factor():
         found = json.loads(done.stdout)
         assert found["choice"]["spec"]["union_blocks"] == blocks
         assert len(found["plans"]["options"]) == 3
+    sizes[sizes.index("32")] = "64"
+    for factor, lists in (("1.2", "parts"), ("1.9", "bits")):
+        found = json.loads(CliRunner().invoke(app, [*sizes, "--union-factor", factor]).stdout)
+        assert found["choice"]["spec"]["union_lists"] == lists and len(found["plans"]["options"]) == 2
+        assert (found["loads_per_key"] is None) == (lists == "bits")
     assert CliRunner().invoke(app, [*sizes, "--union-factor", "0.5"]).exit_code != 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward kernel on a real Hopper: the emulator's grid, real sizes, and what the emulator predicts."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import fgattn_cute as fg
+from perf.unions import pool_mask
 from tests.forward_cases import DTYPES, FILLS, HEAD_DIMS, SLICE_MS, Case, Heads, named, tiny_spec
 from tests.numerics import assert_within_contract
 
@@ -52,6 +54,26 @@ def test_exact_softmax_for_bf16(head_dim, slice_m):
     spec = f"m{slice_m}-exact-d{head_dim}"
     for fill in FILLS:
         check_on_gpu(Case(head_dim=head_dim, slice_m=slice_m, seqlens=(1000, 3001), fill=fill, spec=spec))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lists_in_parts(dtype, head_dim):
+    """All fills, and blocks that overlap; the plan is the same as on the CPU."""
+    masks = {}
+    for fill, seqlens in zip(FILLS, LENGTHS, strict=True):
+        case = Case(dtype=dtype, head_dim=head_dim, seqlens=seqlens, fill=fill, heads=GROUPED)
+        masks[case] = case.mask("cuda")
+    case = Case(dtype=dtype, head_dim=head_dim, seqlens=(4000, 4000), heads=Heads(1, 4, 4, 1, 4))
+    masks[case] = pool_mask(64, 1.2, seqlen=4000, heads=4, density=0.3, device="cuda")
+    for case, mask in masks.items():
+        q, k, v = case.tensors("cuda")
+        plan = fg.PartsPlan.from_mask(mask)
+        with named(case):
+            assert plan.validate() == [] and plan.to_mask() == mask
+            assert_within_contract(*attend(q, k, v, plan), q, k, v, mask)
+    alike = fg.PartsPlan.from_mask(dataclasses.replace(mask, bits=mask.bits.cpu()))
+    assert torch.equal(alike.ids, plan.ids.cpu()) and torch.equal(alike.members, plan.members.cpu())
 
 
 SWITCHES = {

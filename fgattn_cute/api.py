@@ -53,7 +53,8 @@ def attention(
         k, v: (batch, seqlen_k, kv_heads, head_dim), heads a multiple of kv_heads.
         plan: the lists. A SliceMask is turned into a plan once and remembered as long as the mask lives; where its
             blocks could share lists (slice_m 16, 32, 48, 64, 96), a kernel runs and no spec is named, into the one that
-            the cost model expects to be fastest, as ``best_plan`` does, if the compiler is installed.
+            the cost model expects to be fastest, as ``best_plan`` does, if the compiler is installed. What making it
+            costs is not weighed: for a mask that serves few calls, make a Plan.
         scale: factor on q.k, at least 0; None means head_dim ** -0.5.
         return_lse: also return the logarithm of the sum of exponentials.
         layout: "bshd", or "bhsd" for (batch, heads, seqlen, head_dim) tensors; no copies either way.

@@ -219,3 +219,18 @@ def test_unions_of_a_presets_kernels():
     assert {s.union_blocks for s in found if not isinstance(s, FwdSpec)} == {8, 4, 2}
     assert {s.redo_spec() for s in kernels if s.softmax == "fixed_ref"} <= set(kernels)
     assert all(not s.reasons() for s in found)
+
+
+def test_lists_in_parts_of_a_presets_kernels():
+    """Three blocks of 64 fill 192 rows, for single keys only; what select takes for such a plan is among them."""
+    from fgattn_cute.gpu import from_config
+    from fgattn_cute.select import select
+    from perf.roofline import problem
+
+    specs = prebuilt.specs_of("h200", (1, 64), dtypes=["bf16"], head_dims=[128])
+    found = [s for s in prebuilt.unions_of(specs) if isinstance(s, FwdSpec) and s.parts]
+    asked = dataclasses.replace(problem(4096, 8, 128, 64), union_blocks=3, union_lists="parts")
+    taken = select(asked, from_config("h200")).spec
+    assert {taken, taken.redo_spec()} <= set(found)
+    assert {(s.tile_m, s.slice_n, s.softmax) for s in found} == {(192, 1, "fixed_ref"), (192, 1, "exact")}
+    assert all(not s.reasons() for s in found)

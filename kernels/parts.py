@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists in parts: some tiles are for every warpgroup of a CTA, the others for one warpgroup each.
+"""Lists in parts: some tiles are for every warpgroup of a CTA, others for two of three, the rest for one each.
 
-The tiles of a list of two blocks A and B, of which A keeps more::
+The tiles of a list of the blocks A, B and C, of which A keeps more::
 
-    both | both | A | B | both | both | A | B | A | A
+    ABC | AB | AC | BC | A | B | C | ABC | AB | AC | BC | A | B | C | A
 
 Tiles of one's own stand beside those of others, because warpgroups that took turns by parts would leave the tensor
 cores to one alone. The plan says at which places of the list a warpgroup's tiles are. All are full but the last that

@@ -209,6 +209,17 @@ def test_other_calls(name):
     assert_within_contract(out, lse, q, k, v, mask, scale=0.2)
 
 
+def test_persistent_ctas_with_the_fewest_stages():
+    """Several lists to a CTA, among them one that keeps nothing in all but one block."""
+    mask = MASKS["empty and unequal blocks"]
+    q, k, v = inputs(mask)
+    spec = FwdSpec(head_dim=128, tile_m=192, tile_n=TILE, kv_stages=3, scheduler="persistent", ping_pong=True)
+    plan = fg.PartsPlan.from_mask(mask)
+    with emulator.session(seed=5, checks="all", num_sms=1):
+        out, lse = fg.attention(q, k, v, plan, return_lse=True, backend="emulator", spec=spec)
+    assert_within_contract(out, lse, q, k, v, mask)
+
+
 def test_any_layout_and_the_reference():
     mask = MASKS["one key"]
     plan = fg.PartsPlan.from_mask(mask)

@@ -15,7 +15,7 @@ from . import gpu as _gpu
 from . import launch, reference, settings
 from .errors import InputError, UnsupportedError, describe_tensor, refusal
 from .explanation import Explanation
-from .kernels.spec import FwdSpec
+from .kernels.spec import WGMMA_ROWS, FwdSpec
 from .mask import SliceMask
 from .parts import PartsPlan
 from .plan import Plan
@@ -53,8 +53,8 @@ def attention(
         k, v: (batch, seqlen_k, kv_heads, head_dim), heads a multiple of kv_heads.
         plan: the lists. A SliceMask is turned into a plan once and remembered as long as the mask lives; where its
             blocks could share lists (slice_m 16, 32, 48, 64, 96), a kernel runs and no spec is named, into the one that
-            the cost model expects to be fastest, as ``best_plan`` does, if the compiler is installed. What making it
-            costs is not weighed: for a mask that serves few calls, make a Plan.
+            the cost model expects to be fastest, lists of its own or unions, if the compiler is installed. Lists in
+            parts take many calls to pay for themselves, so they come from ``best_plan`` or ``PartsPlan`` only.
         scale: factor on q.k, at least 0; None means head_dim ** -0.5.
         return_lse: also return the logarithm of the sum of exponentials.
         layout: "bshd", or "bhsd" for (batch, heads, seqlen, head_dim) tensors; no copies either way.
@@ -186,7 +186,7 @@ def explain(
         mask = plan
         problem = _checks.check(q, k, v, mask, layout=layout, level="off")
         if spec is None and rows_for(mask.slice_m) and not _checks.reasons(problem, q, k, v, mask, scale):
-            plans = choose(mask, problem, gpu, coarser=True)
+            plans = choose(mask, problem, gpu, coarser=True, reused=False)
         plan = _plan_of(mask) if plans is None else plans.plan(mask)
     problem = _checks.check(q, k, v, plan, layout=layout, level="off")
     refused = _checks.reasons(problem, q, k, v, plan, scale)
@@ -246,13 +246,13 @@ def _check_bound(logit_bound) -> None:
         raise InputError(f"logit_bound {logit_bound} is not a finite number of at least 0 (nats)")
 
 
-def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | UnionPlan | PartsPlan:
+def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | UnionPlan:
     """The mask's plan for a call: the best where a kernel runs and blocks could share lists, else lists of its own.
 
     Without the compiler, too, lists of its own: kernels for unions need not be among those that were brought along.
     """
     on_kernel = backend == "emulator" or (isinstance(q, torch.Tensor) and q.is_cuda and backend != "reference")
-    could_share = spec is None and on_kernel and rows_for(mask.slice_m)
+    could_share = spec is None and on_kernel and rows_for(mask.slice_m) and mask.slice_m != WGMMA_ROWS
     if not could_share or torch.compiler.is_compiling() or not _compiler_installed():
         return _plan_of(mask)
     problem = _checks.check(q, k, v, mask, layout=layout, level=checks)
@@ -260,7 +260,7 @@ def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks:
     best = vars(mask).setdefault(_BEST_OF_MASK, {})
     key = (problem.batch, problem.heads, problem.head_dim, problem.dtype, gpu, *settings.choosing())
     if key not in best:
-        plans = choose(mask, problem, gpu)
+        plans = choose(mask, problem, gpu, reused=False)
         best[key] = _plan_of(mask) if plans.chosen == OWN else plans.plan(mask)
     return best[key]
 

@@ -129,7 +129,13 @@ def permutation(mask: SliceMask, order: torch.Tensor | str | None) -> torch.Tens
 
 
 def choose(
-    mask: SliceMask, problem: Problem, gpu: Gpu, order: torch.Tensor | None = None, coarser: bool = False
+    mask: SliceMask,
+    problem: Problem,
+    gpu: Gpu,
+    order: torch.Tensor | None = None,
+    *,
+    coarser: bool = False,
+    reused: bool = True,
 ) -> PlanChoice:
     """Prices the ways to run a mask and picks the fastest exact one. Reads one row of numbers back.
 
@@ -137,6 +143,7 @@ def choose(
         problem: of the call, as for the mask; its unions are varied here.
         order: which blocks would share a list.
         coarser: also price coarser slices, as advice.
+        reused: as for ``price``.
     """
     stands = orders.sequence(mask.blocks_q, mask.device)
     loads = []  # of lists in parts, where they are among the ways
@@ -151,7 +158,7 @@ def choose(
     kept, loads = numbers[0], numbers[len(found) :]
     factors = [total / kept if kept else 1.0 for total in numbers[: len(found)]]
     density = kept / (mask.batch * mask.heads * mask.seqlen_q * mask.seqlen_k)
-    return price(problem, gpu, density, dict(zip(found, factors, strict=True)), *loads)
+    return price(problem, gpu, density, dict(zip(found, factors, strict=True)), *loads, reused=reused)
 
 
 class Way(NamedTuple):
@@ -183,7 +190,13 @@ def ways(slice_m: int, slice_n: int, coarser: bool) -> list[Way]:
 
 
 def price(
-    problem: Problem, gpu: Gpu, density: float, factors: dict[Way, float], loads_per_key: float = 1.0
+    problem: Problem,
+    gpu: Gpu,
+    density: float,
+    factors: dict[Way, float],
+    loads_per_key: float = 1.0,
+    *,
+    reused: bool = True,
 ) -> PlanChoice:
     """Prices ways to run a mask and picks the fastest exact one.
 
@@ -192,6 +205,8 @@ def price(
         density: kept fraction of the pairs.
         factors: pairs computed over pairs kept, by way, lists of their own first.
         loads_per_key: of lists in parts, keys loaded over keys that blocks keep.
+        reused: whether the plan will serve many calls, as lists in parts must: making them took 14 ms where they save
+            0.3 ms a call (S = 16,384, 24 heads, 30 %, one H200, perf/results/h200/2026-11-23-unions.jsonl).
 
     Raises:
         UnsupportedError: no kernel runs on the GPU.
@@ -212,10 +227,10 @@ def price(
         # Not what the kernel cache happens to know: a mask must get the same plan, and so the same bits, every time.
         seconds = roofline.predict(spec, facts_for(gpu), work, roofline.known_instructions(spec)).seconds
         found.append(PlanOption(way.name, way.rows, way.exact, factor, seconds, spec.name, loads))
-    return _decide(found)
+    return _decide(found, reused)
 
 
-def _decide(found: list[PlanOption]) -> PlanChoice:
+def _decide(found: list[PlanOption], reused: bool) -> PlanChoice:
     own, *rest = found
     shared = [option for option in rest if option.exact]
     best = min(shared, key=lambda option: option.seconds, default=None)
@@ -228,6 +243,10 @@ def _decide(found: list[PlanOption]) -> PlanChoice:
     else:
         said = f"unions should take {share:.2f} x the time of own lists at union factor {best.union_factor:.2f}"
         margin = UNION_MARGIN
+    if share < margin and best.name == PARTS and not reused:
+        return PlanChoice(
+            tuple(found), OWN, f"{said}; making them pays over some dozens of calls: fg.best_plan(mask) does"
+        )
     if share < margin:
         return PlanChoice(tuple(found), best.name, said)
     return PlanChoice(tuple(found), OWN, f"{said}; less than {margin:g} x is asked for")

@@ -54,6 +54,20 @@ def count(words: torch.Tensor) -> torch.Tensor:
     return popcount(words).sum(-1, dtype=torch.int64)
 
 
+def first(words: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """The first ``number`` set bits of each row, the others cleared: int32 (..., words), integer (...) -> int32."""
+    per_word = popcount(words)
+    ends = per_word.cumsum(-1, dtype=torch.int32)
+    whole = ends <= number[..., None]
+    # Of the one word that is cut, bit by bit. Where none is, the last one keeps all that it has.
+    cut = whole.sum(-1, keepdim=True).clamp(max=words.shape[-1] - 1)
+    bit = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
+    set_ = (words.gather(-1, cut) >> bit) & 1
+    rank = set_.cumsum(-1, dtype=torch.int32) + (ends - per_word).gather(-1, cut)
+    kept = (set_ * (rank <= number[..., None])) << bit
+    return torch.where(whole, words, 0).scatter(-1, cut, kept.sum(-1, keepdim=True, dtype=torch.int32))
+
+
 def full_bytes(words: torch.Tensor) -> torch.Tensor:
     """The bits of each int32 word whose whole byte (8 columns from a multiple of 8 on) is set."""
     octets = words.contiguous().view(torch.uint8)

@@ -14,7 +14,15 @@ import functools
 import torch
 
 from fgattn_cute.errors import InputError
-from fgattn_cute.kernels.mask_spec import BINS, SLAB_ROWS, CompactSpec, MemberSpec, plan_mass
+from fgattn_cute.kernels.mask_spec import (
+    BINS,
+    PARTS_SUMS,
+    SLAB_ROWS,
+    CompactSpec,
+    MemberSpec,
+    PartListSpec,
+    plan_mass,
+)
 from fgattn_cute.kernels.spec import HEAD_DIMS
 
 BACKENDS = ("cuda", "emulator")
@@ -94,6 +102,32 @@ def pack_members(rows, ids, offset, keys, starts, members, slice_n: int, backend
         backend: "cuda" or "emulator".
     """
     _launch(MemberSpec(union_blocks=rows.shape[1]), backend, (rows, ids, offset, keys, starts, members, slice_n))
+
+
+def measure_parts(words: torch.Tensor, blocks: torch.Tensor, backend: str) -> torch.Tensor:
+    """How much lists in parts have of each part: int32 (lists, PARTS_SUMS), columns as in ``mask_spec``.
+
+    Args:
+        words: int32 (batch, heads, blocks_q, words), contiguous.
+        blocks: int32 (lists, 3), contiguous, query blocks of each list; blocks_q or more means none.
+        backend: "cuda" or "emulator".
+    """
+    sums = torch.empty(len(blocks), PARTS_SUMS, dtype=torch.int32, device=words.device)
+    _launch(PartListSpec(step="measure"), backend, (words.flatten(0, -2), blocks, sums, words.shape[2]))
+    return sums
+
+
+def write_parts(words, blocks, sums, offset, ids, members, backend: str) -> None:
+    """Writes lists in parts, and which of their tiles each block takes.
+
+    Args:
+        words, blocks, backend: as for ``measure_parts``. sums: its result.
+        offset: int64 (lists,), start of each list, one after the other.
+        ids: int32 (n,), written in full: 0 past the last list.
+        members: int32 (lists, 3, PARTS_PLACES + steps), written in full.
+    """
+    rows = (words.flatten(0, -2), blocks, sums)
+    _launch(PartListSpec(step="write"), backend, (*rows, offset, ids, members, words.shape[2]))
 
 
 # ---- queries and keys ----------------------------------------------------------------------------------------------

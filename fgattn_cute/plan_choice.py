@@ -205,8 +205,9 @@ def price(
         density: kept fraction of the pairs.
         factors: pairs computed over pairs kept, by way, lists of their own first.
         loads_per_key: of lists in parts, keys loaded over keys that blocks keep.
-        reused: whether the plan will serve many calls, as lists in parts must: making them took 14 ms where they save
-            0.3 ms a call (S = 16,384, 24 heads, 30 %, one H200, perf/results/h200/2026-11-23-unions.jsonl).
+        reused: whether the plan will serve many calls, as lists in parts must: before there were kernels for it, making
+            them took 14 ms where they save 0.3 ms a call (S = 16,384, 24 heads, 30 %, one H200,
+            perf/results/h200/2026-11-23-unions.jsonl).
 
     Raises:
         UnsupportedError: no kernel runs on the GPU.

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import cache, presets, settings, workers
 from .errors import CompileError
 from .kernels import copy_spec
-from .kernels.mask_spec import COMPACT_STEPS, CompactSpec, MemberSpec
+from .kernels.mask_spec import COMPACT_STEPS, PART_LIST_STEPS, CompactSpec, MemberSpec, PartListSpec
 from .kernels.spec import FwdSpec
 from .settings import log
 
@@ -111,7 +111,7 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
 
 
 def unions_of(specs: Iterable[FwdSpec]) -> list:
-    """The kernels by which blocks of 16 to 96 queries share the lists of these, redo passes and packing included."""
+    """The kernels by which blocks of 16 to 96 queries share the lists of these; redo passes, and what makes plans."""
     from .select import for_parts, for_union
     from .unions import rows_for
 
@@ -128,6 +128,7 @@ def unions_of(specs: Iterable[FwdSpec]) -> list:
         shared = for_parts(spec)
         if not spec.redo and not shared.reasons():
             found[shared] = None
+            found.update(dict.fromkeys(PartListSpec(step=step) for step in PART_LIST_STEPS))
             if shared.softmax == "fixed_ref":
                 found[shared.redo_spec()] = None
     return list(found)

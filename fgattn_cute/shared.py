@@ -127,17 +127,13 @@ class SharedLists:
         return SliceMask(bits[:, :, :blocks_q].contiguous(), **{**self.lists.geometry, "slice_m": self.slice_m})
 
 
-def grouped(mask: SliceMask, order: torch.Tensor | str | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query blocks of each list and their rows of the mask.
+def listed(mask: SliceMask, order: torch.Tensor | str | None, size: int) -> torch.Tensor:
+    """The query blocks of each list: int64 (batch, heads, lists, size), past the mask's where the last one lacks some.
 
     Args:
         order: int64 permutation of the query blocks, (blocks_q,) or (batch, heads, blocks_q): consecutive ones share a
             list. None takes them as they stand, "similar" those that keep most of the same keys, head by head.
         size: blocks of a list.
-
-    Returns:
-        int64 (batch, heads, lists, size), past the mask's where the last list lacks blocks; int32 (batch, heads, lists,
-        size, words), zero there.
 
     Raises:
         PlanError: ``order`` is not a permutation's shape and type.
@@ -149,14 +145,24 @@ def grouped(mask: SliceMask, order: torch.Tensor | str | None, size: int) -> tup
     batch, heads, count = mask.bits.shape[:3]
     lists = blocks_of(count, size)
     if order is None:
-        order = torch.arange(count, device=mask.device)
+        return torch.arange(lists * size, device=mask.device).view(lists, size).expand(batch, heads, -1, -1)
     good = isinstance(order, torch.Tensor) and order.dtype == torch.int64
     if not good or order.shape not in ((count,), (batch, heads, count)):
         raise PlanError(f"order is not an int64 permutation of {count} query blocks, ({count},) or per batch and head")
     order = order.to(mask.device).expand(batch, heads, count)
     missing = torch.arange(count, lists * size, device=mask.device).expand(batch, heads, -1)
-    blocks = torch.cat([order, missing], dim=-1).unflatten(-1, (lists, size))
+    return torch.cat([order, missing], dim=-1).unflatten(-1, (lists, size))
+
+
+def rows_of(mask: SliceMask, blocks: torch.Tensor) -> torch.Tensor:
+    """The mask rows of blocks, as ``listed`` returns them or by list: int32 (*blocks.shape, words), zero for none."""
     # One row of zeros stands for the blocks that the last list lacks.
     words = torch.nn.functional.pad(mask.bits, (0, 0, 0, 1))
-    row = blocks.clamp(max=count).flatten(-2)[..., None].expand(batch, heads, -1, words.shape[-1])
-    return blocks, words.gather(2, row).unflatten(2, blocks.shape[2:])
+    row = blocks.long().clamp(max=mask.blocks_q).reshape(*words.shape[:2], -1, 1).expand(-1, -1, -1, words.shape[-1])
+    return words.gather(2, row).view(*blocks.shape, -1)
+
+
+def grouped(mask: SliceMask, order: torch.Tensor | str | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``listed``, and the mask rows of its blocks: int32 (batch, heads, lists, size, words)."""
+    blocks = listed(mask, order, size)
+    return blocks, rows_of(mask, blocks)

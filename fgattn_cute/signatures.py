@@ -7,8 +7,8 @@ Extents that must agree share a symbol, which TVM-FFI then checks at every call.
 from __future__ import annotations
 
 from .kernels.copy_spec import ROW_WORDS, CopySpec
-from .kernels.mask_spec import CompactSpec, MassSpec, MemberSpec
-from .kernels.spec import FwdSpec
+from .kernels.mask_spec import PARTS_SUMS, CompactSpec, MassSpec, MemberSpec, PartListSpec
+from .kernels.spec import PARTS_BLOCKS, FwdSpec
 
 STRIDE_ELEMS = 8  # rows of q, k, v, out start on 16 bytes
 OPERAND_ALIGN_BYTES = 16
@@ -27,6 +27,11 @@ def kernel_of(spec) -> tuple:
         if spec.step == "count":
             return compact_sm90.CountBits(), _count_bits()
         return compact_sm90.WriteIds(), _write_ids()
+    if isinstance(spec, PartListSpec):
+        from .kernels import part_lists_sm90
+
+        kernel = part_lists_sm90.MeasureParts() if spec.step == "measure" else part_lists_sm90.WriteParts()
+        return kernel, _part_lists(spec)
     if isinstance(spec, MemberSpec):
         from .kernels.members_sm90 import PackMembers
 
@@ -128,6 +133,24 @@ def _write_ids() -> list:
         _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
         _stream(),
     ]
+
+
+def _part_lists(spec: PartListSpec) -> list:
+    from cutlass import Int32, Int64
+
+    rows, words, lists, num_ids, width = _symbols(5)
+    found = [
+        _packed(Int32, (rows, words), 4),  # bits
+        _packed(Int32, (lists, PARTS_BLOCKS), 4),  # blocks
+        _packed(Int32, (lists, PARTS_SUMS), 4),  # what is measured
+    ]
+    if spec.step == "write":
+        found += [
+            _packed(Int64, (lists,), 8),  # offset
+            _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
+            _packed(Int32, (lists, PARTS_BLOCKS, width), 4),  # members
+        ]
+    return [*found, 1, _stream()]  # blocks_q
 
 
 def _members(spec: MemberSpec) -> list:

@@ -37,6 +37,15 @@ def word_of(mBits: cute.Tensor, row: Int32, column: Int32) -> Int32:
 
 
 @cute.jit
+def inclusive_sum(value: Int32, lane: Int32) -> Int32:
+    """Sum over this lane and those before it."""
+    for step in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(value, 1 << step, mask_and_clamp=0)
+        value += below if lane >= (1 << step) else Int32(0)
+    return value
+
+
+@cute.jit
 def full_bytes(word: Int32) -> Int32:
     """The bits of a word whose whole byte is set."""
     halves = word & (word >> 4)
@@ -137,7 +146,7 @@ class WriteIds:
         done = Int32(0)
         for base in cutlass.range(0, mBits.shape[1], WARP, unroll=1):
             word = word_of(mBits, row, base + lane)
-            rank = self.inclusive_sum(cute.arch.popc(word), lane)
+            rank = inclusive_sum(cute.arch.popc(word), lane)
             total = cute.arch.shuffle_sync(rank, WARP - 1)
             rank += done - cute.arch.popc(word)
             if total > 0 and done < count:
@@ -160,7 +169,7 @@ class WriteIds:
             word = word_of(mBits, row, base + lane)
             in_runs = cute.arch.popc(full_bytes(word))
             own = (in_runs << 16) + (cute.arch.popc(word) - in_runs)
-            rank = self.inclusive_sum(own, lane)
+            rank = inclusive_sum(own, lane)
             total = cute.arch.shuffle_sync(rank, WARP - 1)
             rank -= own
             if total > 0:
@@ -176,14 +185,6 @@ class WriteIds:
                         mList[target] = (base + j) * WORD_BITS + lane
             run_place += total >> 16
             place += total & 0xFFFF
-
-    @cute.jit
-    def inclusive_sum(self, value: Int32, lane: Int32) -> Int32:
-        """Sum over this lane and those before it."""
-        for step in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(value, 1 << step, mask_and_clamp=0)
-            value += below if lane >= (1 << step) else Int32(0)
-        return value
 
     @cute.jit
     def clear(self, mIds: cute.Tensor, end: Int64, row: Int32, lane: Int32):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides which mask kernel is compiled: ``CompactSpec`` for bits to lists, ``MemberSpec`` for
-the keep-bits of unions, ``MassSpec`` for scores to bits.
+"""What decides which mask kernel is compiled: ``CompactSpec`` for bits to lists, ``PartListSpec`` for bits to lists in
+parts, ``MemberSpec`` for the keep-bits of unions, ``MassSpec`` for scores to bits.
 
 Pure Python and free of cutlass, as spec.py.
 """
@@ -19,6 +19,11 @@ from .spec import (
 )
 
 COMPACT_STEPS = ("count", "write")
+PART_LIST_STEPS = ("measure", "write")
+# What is measured of a list in parts, by column: keys of each block from spec.PARTS_KEYS on; tiles of all blocks, of
+# each two, of each block's own, in all, and of the block that has most; the key before which each shared part ends.
+PARTS_COMMON, PARTS_DOUBLES, PARTS_OWN, PARTS_TILES, PARTS_MOST, PARTS_CUTS, PARTS_SUMS = 3, 4, 5, 8, 9, 10, 14
+PARTS_MAX_COLUMNS = 1 << 22  # of a mask: products of two numbers of tiles stay below 2^31
 OUTPUTS = ("bits", "histogram", "lse")
 STATISTICS = ("mean", "max")
 WORD_BITS = 32
@@ -45,6 +50,25 @@ class CompactSpec:
     def reasons(self) -> list:
         """Why this spec cannot run; empty when it can."""
         return [] if self.step in COMPACT_STEPS else [f"step {self.step!r} is not one of {', '.join(COMPACT_STEPS)}"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartListSpec:
+    """One of the two launches that turn mask bits into lists in parts.
+
+    step: "measure" counts what blocks have in common, "write" fills the lists.
+    """
+
+    step: str
+
+    @property
+    def name(self) -> str:
+        return f"part_lists_{self.step}"
+
+    def reasons(self) -> list:
+        """Why this spec cannot run; empty when it can."""
+        legal = PART_LIST_STEPS
+        return [] if self.step in legal else [f"step {self.step!r} is not one of {', '.join(legal)}"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,13 @@ import torch
 
 import fgattn_cute as fg
 from fgattn_cute import predict
+from fgattn_cute.kernels.spec import WGMMA_ROWS
 from fgattn_cute.timing import CudaTimer, Timer
 from perf.run import clocks, describe, environment, write
 from perf.workloads import Case, Inputs, cases
 
 WORKLOADS = ("wan-1.3b-480p", "wan-14b-480p", "wan-14b-720p", "hunyuan-119k")
-SLICES = ((192, 1), (128, 1), (32, 1), (16, 1))
+SLICES = ((192, 1), (128, 1), (64, 1), (32, 1), (16, 1))
 UNION_SLICES = (16, 32)
 
 
@@ -30,7 +31,8 @@ def parts(case: Case, x: Inputs) -> dict[str, Callable[[], object]]:
     """What is timed, by name; "attention" is the call that the others are held against.
 
     "bits": a dense bool mask to bits. "lists": bits to lists of known room, and their order of work. "unions": the same
-    for a UnionPlan, which takes the place of the lists at slices of 16 and 32 queries. "mass": the predictor with
+    for a UnionPlan, which takes the place of the lists at slices of 16 and 32 queries. "lists in parts": the same for a
+    PartsPlan, at 64. "mass": the predictor with
     a budget, all by itself; "mass, lse known": the same with the row sums of an attention before. "pooled": its
     cheaper stand-in.
     """
@@ -40,6 +42,12 @@ def parts(case: Case, x: Inputs) -> dict[str, Callable[[], object]]:
         return {
             "attention": lambda: fg.attention(x.q, x.k, x.v, unions),
             "unions": lambda: fg.UnionPlan.from_mask(x.mask).work(1, case.heads),
+        }
+    if case.slice_m == WGMMA_ROWS:
+        shared = fg.PartsPlan.from_mask(x.mask)
+        return {
+            "attention": lambda: fg.attention(x.q, x.k, x.v, shared),
+            "lists in parts": lambda: fg.PartsPlan.from_mask(x.mask).work(1, case.heads),
         }
     keep, select = x.mask.to_dense(), predict.Budget(case.density)
     _, lse = fg.attention(x.q, x.k, x.v, x.plan, return_lse=True)

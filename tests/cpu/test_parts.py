@@ -108,6 +108,7 @@ def test_the_mask_comes_back_and_what_is_wrong_is_said(name, monkeypatch):
     plan = fg.PartsPlan.from_mask(mask)
     assert plan.to_mask() == mask and plan.validate() == [] and plan.density == mask.density
     monkeypatch.setattr(parts, "_CHUNK_CELLS", 1)  # a list at a time
+    monkeypatch.setattr("fgattn_cute.compaction._CHUNK_WORDS", 1)
     again = fg.PartsPlan.from_mask(mask)
     assert torch.equal(again.ids, plan.ids) and torch.equal(again.members, plan.members) and again.to_mask() == mask
     if not mask.density:

@@ -228,7 +228,9 @@ def test_lists_in_parts_of_a_presets_kernels():
     from perf.roofline import problem
 
     specs = prebuilt.specs_of("h200", (1, 64), dtypes=["bf16"], head_dims=[128])
-    found = [s for s in prebuilt.unions_of(specs) if isinstance(s, FwdSpec) and s.parts]
+    found = prebuilt.unions_of(specs)
+    assert {"part_lists_measure", "part_lists_write"} <= {s.name for s in found}, "what makes such plans"
+    found = [s for s in found if isinstance(s, FwdSpec) and s.parts]
     asked = dataclasses.replace(problem(4096, 8, 128, 64), union_blocks=3, union_lists="parts")
     taken = select(asked, from_config("h200")).spec
     assert {taken, taken.redo_spec()} <= set(found)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mask kernels on a real GPU: sizes that the emulator has no time for, against the torch path on the same GPU."""
 
+import warnings
+
 import pytest
 import torch
 
+import fgattn_cute as fg
 from fgattn_cute import device_masks, predict
 from fgattn_cute.compaction import LIST_ALIGN, PLAN_SLACK, compact
 from fgattn_cute.mask import SliceMask
 from fgattn_cute.predict.scores import slice_mass
+from perf.unions import pool_mask
 
 BAND = 1e-4  # relative distance from the threshold within which fp32 sums in another order may decide otherwise
 
@@ -44,6 +48,26 @@ def test_grouped_lists_are_those_of_torch(octets):
     for _ in range(3):
         got = compact(mask, None, "cuda", grouped=True)
         assert got.grouped and torch.equal(got.ids, wanted.ids) and torch.equal(got.offset, wanted.offset)
+
+
+@pytest.mark.parametrize("seqlen", [9001, 16384])
+@pytest.mark.parametrize("factor", [1.02, 1.25, 1.68])
+def test_lists_in_parts_are_those_of_torch(factor, seqlen):
+    """And room for them is made with one synchronisation."""
+    mask = pool_mask(64, factor, seqlen=seqlen, heads=4, density=0.3, device="cuda")
+    wanted = fg.PartsPlan.from_mask(mask, backend="torch")
+    for _ in range(3):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                got = fg.PartsPlan.from_mask(mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len([w for w in said if "synchroniz" in str(w.message)]) == 1
+        assert torch.equal(got.ids, wanted.ids) and torch.equal(got.lists.offset, wanted.lists.offset)
+        assert torch.equal(got.members, wanted.members) and torch.equal(got.lists.keys, wanted.lists.keys)
+    assert got.to_mask() == mask
 
 
 @pytest.mark.parametrize("statistic", ["mean", "max"])

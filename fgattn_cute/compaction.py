@@ -20,6 +20,7 @@ PLAN_SLACK = 256  # ids past the last list, at least one largest tile, so that a
 # boxes gain 6 to 10 % at M = 128 and 1 to 2 % at M = 192; at M = 64 they lose 2 % there and gain 3 to 4 % at the whole.
 GROUPED_SHARE = 0.5
 GROUPED_SHARE_OF_FINE = 0.9  # slice_m below 128
+EVEN_TENTHS = 11  # lists are even if the longest is at most so many tenths of the mean
 _CHUNK_WORDS = 1 << 22  # mask words expanded at a time: bounds the temporaries of write_ids to about 100 MiB
 
 
@@ -31,6 +32,7 @@ class Lists(NamedTuple):
     keys: int32 (batch, heads, blocks_q), keys of each list, clipped at the end of the sequence.
     overflow: bool (), True if the capacity cut lists off; on the device of the mask.
     grouped: whether the keys of aligned runs stand first in each list.
+    even: whether the lists are known to be of nearly the same length, see ``is_even``.
     """
 
     ids: torch.Tensor
@@ -38,6 +40,12 @@ class Lists(NamedTuple):
     keys: torch.Tensor
     overflow: torch.Tensor
     grouped: bool
+    even: bool
+
+
+def is_even(longest: int, total: int, lists: int) -> bool:
+    """Whether no list is much longer than the mean. longest, total: segments; lists of none count in the mean."""
+    return 10 * lists * longest <= EVEN_TENTHS * total
 
 
 def align_up(value, multiple: int):
@@ -81,8 +89,11 @@ def compact(mask, capacity: int | None, backend: str | None = None, grouped: boo
     else:
         counts, keys, runs = device_masks.count(mask, words, backend)
     offset, needed = layout(counts)
+    even = False
     if capacity is None:
-        capacity, total, in_runs = torch.stack([needed, counts.sum(), runs.sum()]).tolist()
+        numbers = torch.stack([needed, counts.sum(), counts.max(), runs.sum()])
+        capacity, total, longest, in_runs = numbers.tolist()
+        even = is_even(longest, total, counts.numel())
         if grouped is None:
             share = GROUPED_SHARE if mask.slice_m >= 128 else GROUPED_SHARE_OF_FINE
             grouped = mask.slice_n == 1 and in_runs >= max(1, share * total)
@@ -97,7 +108,7 @@ def compact(mask, capacity: int | None, backend: str | None = None, grouped: boo
     else:
         ids = torch.empty(capacity + PLAN_SLACK, dtype=torch.int32, device=words.device)
         device_masks.write_ids(words, offset, counts, ids, backend, runs)
-    return Lists(ids, offset, keys, overflow, bool(grouped))
+    return Lists(ids, offset, keys, overflow, bool(grouped), even)
 
 
 def write_ids(

@@ -89,6 +89,7 @@ def describe_plan(plan) -> Description:
     facts = describe_mask(plan.to_mask())
     facts["bytes_as_lists"] = plan.nbytes
     facts["capacity_ids"] = plan.capacity
+    facts["even"] = plan.even
     facts["overflow"] = plan.overflow is not None and bool(plan.overflow)
     return facts
 

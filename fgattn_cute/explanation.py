@@ -156,13 +156,20 @@ class Explanation:
             "runs": "K and V gathered, tiles of consecutive keys by TMA",
             "octets": "K and V gathered, aligned runs of 8 keys by TMA",
         }
+        handed_out = {
+            "grid": "a CTA per item",
+            "persistent": "persistent CTAs in waves",
+            "zigzag": "persistent CTAs in zigzag",
+        }[spec.scheduler]
+        if spec.takes_several:
+            handed_out += f" (lists {'are' if self.problem.even else 'not known to be'} even)"
         per_block = ctas_per_block(spec, self.problem.slice_m)
         sharing = f", {per_block} CTAs share a list" if per_block > 1 else ""
         return [
             f"kernel    {spec.name}",
             f"chosen    {choice.preset_id or 'FwdSpec'} ({choice.source}): {choice.why}",
             f"tile      {spec.tile_m} x {spec.tile_n}, {spec.kv_stages} stages, softmax {spec.softmax}, Q in {held}, "
-            f"{loads[spec.kv_loads]}, {spec.scheduler}{', ping-pong' if spec.ping_pong else ''}",
+            f"{loads[spec.kv_loads]}, {handed_out}{', ping-pong' if spec.ping_pong else ''}",
             f"resources {spec.smem_bytes():,} bytes of shared memory, {spec.ctas_per_sm} CTAs per SM, "
             f"{spec.num_threads} threads, registers {spec.launch_registers} at launch, "
             f"{spec.consumer_registers} consumer (about {spec.register_estimate()} needed), "

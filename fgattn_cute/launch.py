@@ -77,9 +77,13 @@ def ctas_per_wave(spec: FwdSpec, sms: int) -> int:
 
 
 def grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:
-    """CTAs of a launch: one per item and tile, or those of all phases of a persistent kernel."""
+    """CTAs of a launch: one per item and tile, those of all phases of a persistent kernel, or in zigzag as many as fit
+    the GPU at once."""
     items = num_work * ctas_per_block(spec, slice_m)
-    return phases.num_ctas(items, ctas_per_wave(spec, sms)) if spec.scheduler == "persistent" else items
+    if spec.scheduler == "grid":
+        return items
+    wave = ctas_per_wave(spec, sms)
+    return min(items, wave) if spec.scheduler == "zigzag" else phases.num_ctas(items, wave)
 
 
 def redo_grid_size(spec: FwdSpec, num_work: int, slice_m: int, sms: int) -> int:

@@ -20,8 +20,8 @@ from .plan import Plan
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor ids, Tensor offset, Tensor keys, Tensor work, SymInt slice_m, "
-    "SymInt slice_n, SymInt seqlen_q, SymInt seqlen_k, bool grouped, float? scale, str layout, str backend, str spec, "
-    "str checks, float? logit_bound"
+    "SymInt slice_n, SymInt seqlen_q, SymInt seqlen_k, bool grouped, bool even, float? scale, str layout, "
+    "str backend, str spec, str checks, float? logit_bound"
 )
 _SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(FwdSpec))
 
@@ -37,7 +37,7 @@ def call(q, k, v, plan: Plan, *, return_lse, scale, layout, backend, spec, check
     op = torch.ops.fgattn_cute.attention_lse if return_lse else torch.ops.fgattn_cute.attention
     batch, heads = q.shape[0], q.shape[2 if layout == "bshd" else 1]
     lists = (plan.ids, plan.offset, plan.keys, plan.work(batch, heads))
-    geometry = (plan.slice_m, plan.slice_n, plan.seqlen_q, plan.seqlen_k, plan.grouped)
+    geometry = (plan.slice_m, plan.slice_n, plan.seqlen_q, plan.seqlen_k, plan.grouped, plan.even)
     return op(q, k, v, *lists, *geometry, scale, layout, backend, encode_spec(spec), checks, logit_bound)
 
 
@@ -54,18 +54,18 @@ def decode_spec(text: str) -> FwdSpec | str | None:
     return FwdSpec(**ast.literal_eval(text)) if text.startswith("{") else text or None
 
 
-def _plan(ids, offset, keys, work, slice_m, slice_n, seqlen_q, seqlen_k, grouped, batch, heads) -> Plan:
-    plan = Plan(ids, offset, keys, slice_m, slice_n, seqlen_q, seqlen_k, grouped=grouped)
+def _plan(ids, offset, keys, work, slice_m, slice_n, seqlen_q, seqlen_k, grouped, even, batch, heads) -> Plan:
+    plan = Plan(ids, offset, keys, slice_m, slice_n, seqlen_q, seqlen_k, grouped=grouped, even=even)
     plan._work[batch, heads] = work  # made when the graph was traced
     return plan
 
 
-def _attention_lse(q, k, v, ids, offset, keys, work, m, n, sq, sk, grouped, scale, layout, backend, spec, *rest):
+def _attention_lse(q, k, v, ids, offset, keys, work, m, n, sq, sk, grouped, even, scale, layout, backend, spec, *rest):
     from .api import run
 
     checks, bound = rest
     batch, heads = q.shape[0], q.shape[2 if layout == "bshd" else 1]
-    plan = _plan(ids, offset, keys, work, m, n, sq, sk, grouped, batch, heads)
+    plan = _plan(ids, offset, keys, work, m, n, sq, sk, grouped, even, batch, heads)
     return run(q, k, v, plan, scale, layout, backend, decode_spec(spec), checks, bound)
 
 
@@ -73,7 +73,7 @@ def _attention(*args):
     return _attention_lse(*args)[0]
 
 
-def _fake_lse(q, k, v, ids, offset, keys, work, m, n, sq, sk, grouped, scale, layout, *rest):
+def _fake_lse(q, k, v, ids, offset, keys, work, m, n, sq, sk, grouped, even, scale, layout, *rest):
     batch, heads = q.shape[0], q.shape[2 if layout == "bshd" else 1]
     seqlen_q = q.shape[1 if layout == "bshd" else 2]
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)

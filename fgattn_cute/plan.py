@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fgattn_cute import storage
-from fgattn_cute.compaction import LIST_ALIGN, PLAN_SLACK, align_up, compact, fit, layout
+from fgattn_cute.compaction import LIST_ALIGN, PLAN_SLACK, align_up, compact, fit, is_even, layout
 from fgattn_cute.errors import PlanError
 from fgattn_cute.mask import SliceMask, block_rows, blocks_of, check_geometry
 
@@ -40,6 +40,8 @@ class Plan:
     overflow: bool (), on the device: lists were cut because a capacity was too small. None when that cannot be.
     grouped: each list has the keys of its aligned runs first (keys 8 g to 8 g + 7, all kept), ascending, and then the
         others, ascending. Only for slice_n 1. Kernels with kv_loads octets bring the runs by TMA.
+    even: the longest list is at most a tenth longer than the mean one, lists of no keys included. A matter of speed:
+        which way of sharing the work out pays. False where it is not known, as with a capacity.
 
     Plans compare and hash by identity.
     """
@@ -53,6 +55,7 @@ class Plan:
     seqlen_k: int
     overflow: torch.Tensor | None = None
     grouped: bool = False
+    even: bool = False
     _work: dict = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self):
@@ -80,7 +83,9 @@ class Plan:
 
     # ---- construction ---------------------------------------------------------------------------------------------
     @classmethod
-    def from_mask(cls, mask: SliceMask, capacity: int | None = None, grouped: bool | None = None) -> Plan:
+    def from_mask(
+        cls, mask: SliceMask, capacity: int | None = None, grouped: bool | None = None, *, even: bool | None = None
+    ) -> Plan:
         """Builds the lists of a mask on the mask's device.
 
         Args:
@@ -90,6 +95,8 @@ class Plan:
                 that do not fit are cut, ``overflow`` becomes True and ``describe`` and ``validate`` say so.
             grouped: whether lists have their aligned runs of 8 keys first, which needs slice_n 1. None groups them if
                 half of all keys or more stand in such runs; not with a capacity, because it takes a read-back to know.
+            even: what is known of it beforehand, for a mask whose lists have been made before; None finds out, and
+                takes False with a capacity.
         """
         if not isinstance(mask, SliceMask):
             raise PlanError(f"a plan is made from a SliceMask, not from {type(mask).__name__}: SliceMask.from_dense")
@@ -98,7 +105,8 @@ class Plan:
             raise PlanError(f"lists of segments of {mask.slice_n} keys are not grouped, only those of single keys")
         lists = compact(mask, capacity, grouped=grouped)
         overflow = lists.overflow if capacity is not None else None
-        return cls(lists.ids, lists.offset, lists.keys, **mask.geometry, overflow=overflow, grouped=lists.grouped)
+        facts = {"grouped": lists.grouped, "even": lists.even if even is None else even}
+        return cls(lists.ids, lists.offset, lists.keys, **mask.geometry, overflow=overflow, **facts)
 
     @classmethod
     def from_lists(
@@ -147,9 +155,11 @@ class Plan:
         rows, width = counts.numel(), ids.shape[3]
         length = counts.long().clamp(0, width)
         offset, needed = layout(length)
-        exact = capacity
+        exact, even = capacity, False
         if exact is None:
-            exact, illegal = torch.stack([needed, (length != counts).sum()]).tolist()
+            numbers = torch.stack([needed, (length != counts).sum(), length.sum(), length.max()])
+            exact, illegal, total, longest = numbers.tolist()
+            even = is_even(longest, total, rows)
             if illegal:
                 raise PlanError(
                     f"lists do not describe a plan: {illegal} counts lie outside 0..{width}, the width of ids"
@@ -172,7 +182,7 @@ class Plan:
         keys = length * slice_n - ((length > 0) & (last == columns - 1)) * short
         geometry = {"slice_m": slice_m, "slice_n": slice_n, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
         overflow = overflow if capacity is not None else None
-        return cls(buffer, offset, keys.to(torch.int32), **geometry, overflow=overflow)
+        return cls(buffer, offset, keys.to(torch.int32), **geometry, overflow=overflow, even=even)
 
     # ---- facts ----------------------------------------------------------------------------------------------------
     @property
@@ -227,6 +237,7 @@ class Plan:
             self.density_bucket,
             self.nearly_full,
             self.grouped,
+            self.even,
         )
 
     @functools.cached_property
@@ -351,7 +362,7 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Writes the plan as a safetensors file with its geometry as metadata (needs the package safetensors)."""
         tensors = {name: getattr(self, name) for name in ("ids", "offset", "keys")}
-        storage.save(path, "plan", tensors, self.geometry | {"grouped": int(self.grouped)})
+        storage.save(path, "plan", tensors, self.geometry | {"grouped": int(self.grouped), "even": int(self.even)})
 
     @classmethod
     def load(cls, path: str | Path, device="cpu") -> Plan:
@@ -361,7 +372,7 @@ class Plan:
             PlanError: another kind of file, or lists that break the plan's rules.
         """
         tensors, geometry = storage.load(path, "plan", ("ids", "offset", "keys"), PlanError)
-        plan = cls(**tensors, **geometry | {"grouped": bool(geometry.get("grouped"))})
+        plan = cls(**tensors, **geometry | {name: bool(geometry.get(name)) for name in ("grouped", "even")})
         why = plan.validate()
         if why:
             raise PlanError(f"{path}: " + "; ".join(why))
@@ -374,10 +385,11 @@ class Plan:
         return describe_plan(self)
 
     def __repr__(self) -> str:
+        facts = f"{', grouped' * self.grouped}{', even' * self.even}"
         return (
             f"Plan({self.blocks_q} query blocks of {self.slice_m}, segments of {self.slice_n}, "
             f"seqlen {self.seqlen_q} x {self.seqlen_k}, batch {self.batch}, heads {self.heads}, "
-            f"capacity {self.capacity} ids{', grouped' * self.grouped}, {self.nbytes} bytes, {self.device})"
+            f"capacity {self.capacity} ids{facts}, {self.nbytes} bytes, {self.device})"
         )
 
 

@@ -102,9 +102,8 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
                 if not preset.takes(**facts):
                     continue
                 own = preset.spec(**facts)
-                found[own] = None
-                if n == 1:
-                    found[preset.spec(**facts, grouped=True)] = None
+                for grouped, even in itertools.product((False, True) if n == 1 else (False,), (False, True)):
+                    found[preset.spec(**facts, grouped=grouped, even=even)] = None
                 if own.softmax == "fixed_ref":
                     found[own.redo_spec()] = None
     return list(found)

@@ -19,7 +19,8 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from .errors import PresetError
-from .kernels.spec import BOX_ROWS, DTYPES, HEAD_DIMS, FwdSpec
+from .kernels.spec import DTYPES, HEAD_DIMS, FwdSpec
+from .plan_facts import in_zigzag, loads_for
 from .preset_reading import first_error, read_yaml, unknown
 
 CONFIG_DIR = Path(__file__).parent / "configs"
@@ -141,7 +142,9 @@ class PresetModel(_Model):
     stages: int = 2
     softmax: Literal["fixed_ref", "exact"]
     q_source: Literal["smem", "registers"] = "smem"
-    scheduler: Literal["grid", "persistent"] = "grid"
+    scheduler: Literal["grid", "persistent"] = Field(
+        "grid", description="a CTA per work item, or several items to a CTA: in waves, or for even lists in zigzag"
+    )
     ctas_per_sm: int = 1
     ping_pong: bool = False
     scale_reference: Literal["once", "per_tile"] = "once"
@@ -198,20 +201,6 @@ class GpuFacts:
     sources: dict[str, str]
 
 
-def loads_for(slice_n: int, scattered: str, nearly_full: bool = False, grouped: bool = False) -> str:
-    """FwdSpec.kv_loads of a preset for a plan; docs/kernel.md has what each is worth.
-
-    Args:
-        slice_n: of the plan.
-        scattered: the preset's own, for segments that boxes cannot bring.
-        nearly_full: whether most tiles of the plan's lists are consecutive keys.
-        grouped: whether lists have their aligned runs of 8 keys first.
-    """
-    if slice_n % BOX_ROWS == 0:
-        return "boxes"
-    return "octets" if grouped else "runs" if nearly_full else scattered
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preset:
     """A preset: conditions, and the fields of FwdSpec that it fixes (all but the problem's own)."""
@@ -242,14 +231,21 @@ class Preset:
         return self.when == When()
 
     def spec(
-        self, *, dtype: str, head_dim: int, slice_n: int = 1, nearly_full: bool = False, grouped: bool = False
+        self,
+        *,
+        dtype: str,
+        head_dim: int,
+        slice_n: int = 1,
+        nearly_full: bool = False,
+        grouped: bool = False,
+        even: bool = False,
     ) -> FwdSpec:
-        """The preset's kernel for a problem and plan of these facts, see ``loads_for``."""
+        """The preset's kernel for a problem and plan of these facts, see ``loads_for`` and ``in_zigzag``."""
         loads = loads_for(slice_n, self.fields["kv_loads"], nearly_full, grouped)
         spec = FwdSpec(dtype=dtype, head_dim=head_dim, slice_n=slice_n, **self.fields | {"kv_loads": loads})
         if loads == "octets" and spec.reasons():
-            return dataclasses.replace(spec, kv_loads="gather")  # which reads lists of any order
-        return spec
+            spec = dataclasses.replace(spec, kv_loads="gather")  # which reads lists of any order
+        return in_zigzag(spec, nearly_full) if even else spec
 
     def specs(self):
         """The preset's kernels with the smallest slice_n: one for each dtype and head dim that it takes."""

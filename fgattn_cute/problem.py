@@ -29,6 +29,7 @@ class Problem:
         device. None where that is not known.
     nearly_full: whether eight ninths of all segments or more are kept, as the allocation tells it.
     grouped: whether lists have their aligned runs of 8 keys first.
+    even: whether lists are known to be of nearly the same length; not asked of lists that blocks share.
     """
 
     batch: int
@@ -52,6 +53,7 @@ class Problem:
     density_bucket: int | None = None
     nearly_full: bool = False
     grouped: bool = False
+    even: bool = False
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan, layout: str = "bshd") -> Problem:
@@ -79,6 +81,7 @@ class Problem:
             density_bucket=getattr(plan, "density_bucket", None),
             nearly_full=getattr(plan, "nearly_full", False),
             grouped=getattr(plan, "grouped", False),
+            even=getattr(plan, "even", False),
         )
 
     @property

@@ -144,11 +144,12 @@ def instructions(spec: FwdSpec, artifact: cache.Artifact | None = None) -> Instr
 
 def known_instructions(spec: FwdSpec) -> Instructions:
     """The committed figures, else an estimate: the same on every machine, whatever its cache holds."""
-    # The loops of fp16, of other segments, of runs and octets differ from these by a few instructions.
+    # The loops of fp16, of other segments, of runs and octets, and in zigzag differ from these by a few instructions.
     boxes = spec.kv_loads == "boxes"
     slice_n = next((n for n in (64, 8) if boxes and spec.slice_n % n == 0), 1)
+    scheduler = "persistent" if spec.scheduler == "zigzag" else spec.scheduler
     for loads in ("boxes",) if boxes else ("gather", "runs"):
-        alike = dataclasses.replace(spec, dtype="bf16", slice_n=slice_n, kv_loads=loads).name
+        alike = dataclasses.replace(spec, dtype="bf16", slice_n=slice_n, kv_loads=loads, scheduler=scheduler).name
         if alike in committed_figures():
             return _total(committed_figures()[alike]["loops"], "committed")
     return _estimated(spec)
@@ -426,7 +427,8 @@ def cta_cycles(spec: FwdSpec, items: list[float], slots: int) -> list[float]:
     """
     if spec.scheduler == "grid":
         return items
-    return [sum(items[share.start : share.stop : share.step]) for share in phases.shares(len(items), slots)]
+    shares = phases.zigzag if spec.scheduler == "zigzag" else phases.shares
+    return [sum(items[index] for index in share) for share in shares(len(items), slots)]
 
 
 def makespan(costs: list[float], slots: int) -> float:

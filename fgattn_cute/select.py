@@ -103,7 +103,7 @@ def _tuned(spec: FwdSpec, record: dict) -> Choice:
 def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
     """The shipped file's entry for every problem: what tuning candidates are compared with."""
     preset = _shipped(gpu.name).presets[-1]
-    spec = preset.spec(**_facts(problem), grouped=problem.grouped)
+    spec = preset.spec(**_facts(problem), grouped=problem.grouped, even=problem.even)
     if problem.union_blocks > 1 and spec.tile_m != problem.rows:
         budgets = {"consumer_registers": None, "producer_registers": None}
         spec = dataclasses.replace(spec, tile_m=problem.rows, **budgets)
@@ -231,7 +231,8 @@ def _ranked(problem: Problem, files: list[tuple[str, PresetFile]]) -> list[tuple
         last += [("fallback", file, p) for p in taking if p.is_fallback]
     ranked = []
     for source, file, preset in meant + able + last:
-        spec = preset.spec(**facts, nearly_full=problem.nearly_full, grouped=problem.grouped)
+        lists = {"nearly_full": problem.nearly_full, "grouped": problem.grouped, "even": problem.even}
+        spec = preset.spec(**facts, **lists)
         if problem.union_blocks > 1:
             spec = for_lists(spec, problem)
             if misfits(spec, problem) or spec.reasons():
@@ -303,7 +304,8 @@ def _by_id(problem: Problem, gpu: Gpu, preset_id: str) -> FwdSpec:
                     f"preset {preset_id} of {file.name} is not for {problem.dtype_name}, head_dim {problem.head_dim}, "
                     f"slice_n {problem.slice_n}"
                 )
-            return preset.spec(**_facts(problem), grouped=problem.grouped)
+            lists = {"nearly_full": problem.nearly_full, "grouped": problem.grouped, "even": problem.even}
+            return preset.spec(**_facts(problem), **lists)
     legal = ", ".join(dict.fromkeys(p.id for file in files for p in file.presets))
     names = ", ".join(file.name for file in files)
     raise PresetError(f"no preset {preset_id!r} (legal: {legal})", file=names)

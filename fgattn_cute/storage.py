@@ -11,7 +11,7 @@ from fgattn_cute.errors import UnsupportedError
 
 FORMAT_VERSION = 1
 _GEOMETRY = ("slice_m", "slice_n", "seqlen_q", "seqlen_k")
-_OPTIONAL = ("grouped",)  # numbers that a file may lack
+_OPTIONAL = ("grouped", "even")  # numbers that a file may lack
 
 
 def _safetensors():

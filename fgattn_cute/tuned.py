@@ -43,6 +43,7 @@ def key_of(problem: Problem, gpu: Gpu) -> dict:
         "union_lists": problem.union_lists,
         "density_bucket": problem.density_bucket,
         "grouped": problem.grouped,
+        "even": problem.even,
         "seqlen_q_bucket": problem.seqlen_q.bit_length(),
         "seqlen_k_bucket": problem.seqlen_k.bit_length(),
         "blocks_bucket": (problem.batch * problem.heads * problem.blocks_q).bit_length(),

@@ -187,10 +187,12 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Candidate]:
         for preset in file.presets:
             if not preset.takes(**facts):
                 continue
-            own = preset.spec(**facts, grouped=problem.grouped)
+            own = preset.spec(**facts, grouped=problem.grouped, even=problem.even)
             # Segments that boxes bring, and grouped lists, have no choice of loads.
             fixed = own.kv_loads == "boxes" or problem.grouped
             tried = {name: values for name, values in preset.tune.items() if not (fixed and name == "kv_loads")}
+            if own.scheduler == "zigzag" and "scheduler" in tried:
+                tried["scheduler"] = (*tried["scheduler"], "zigzag")
             ranges = [[(name, value) for value in values] for name, values in tried.items()]
             for choice in itertools.chain([()], itertools.product(*ranges)):
                 changed = dict(choice)

@@ -25,12 +25,19 @@ class Consumer:
                     tiles, items = self.take(index, tiles, items)
                 step += 1
                 index = self.scheduler.strided_item(step)
+        elif const_expr(self.spec.scheduler == "zigzag"):
+            step = Int32(0)
+            index = self.scheduler.zigzag_item(step)
+            while self.scheduler.is_valid(index):
+                tiles, items = self.take(index, tiles, items)
+                step += 1
+                index = self.scheduler.zigzag_item(step)
         else:
             index, end = self.scheduler.share()
             while index < end:
                 tiles, items = self.take(index, tiles, items)
                 index += self.scheduler.ctas_per_wave
-        if const_expr(self.spec.scheduler == "persistent"):
+        if const_expr(self.spec.takes_several):
             self.epilogue.wait_stored()
 
     @cute.jit

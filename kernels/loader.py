@@ -44,6 +44,13 @@ class Loader:
                     tiles, items = self.take(index, tiles, items)
                 step += 1
                 index = self.scheduler.strided_item(step)
+        elif const_expr(self.spec.scheduler == "zigzag"):
+            step = Int32(0)
+            index = self.scheduler.zigzag_item(step)
+            while self.scheduler.is_valid(index):
+                tiles, items = self.take(index, tiles, items)
+                step += 1
+                index = self.scheduler.zigzag_item(step)
         else:
             index, end = self.scheduler.share()
             while index < end:

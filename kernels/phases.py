@@ -35,3 +35,12 @@ def shares(items: int, ctas_per_wave: int) -> Iterator[range]:
         phase, place = divmod(cta, ctas_per_wave)
         first, end = span(rounds, phase)
         yield range(first * ctas_per_wave + place, min(items, end * ctas_per_wave), ctas_per_wave)
+
+
+def zigzag(items: int, ctas_per_wave: int) -> Iterator[list]:
+    """The items of every CTA of a launch in zigzag, which has no phases."""
+    ctas = min(items, ctas_per_wave)
+    for cta in range(ctas):
+        places = (cta, ctas - 1 - cta)  # of even and odd rounds
+        indices = (step * ctas + places[step % 2] for step in range(num_rounds(items, ctas_per_wave)))
+        yield [index for index in indices if index < items]

@@ -25,7 +25,9 @@ class WorkItem:
 
 
 class Scheduler:
-    """Grid: CTA c takes item c. Persistent: a CTA takes its share of a phase, see phases.py.
+    """Grid: CTA c takes item c. Persistent: a CTA takes its share of a phase, see phases.py. Zigzag: of G CTAs, CTA c
+    takes item r * G + c of round r, odd rounds counting from the other end. The items descend in weight, so that this
+    keeps the CTAs' sums within one heaviest item of each other where neighbours weigh nearly the same.
 
     The redo pass is persistent too, and its CTAs stride over all items: they first flag those of theirs that have a
     poisoned row, and most often there is none.
@@ -50,6 +52,13 @@ class Scheduler:
         phase, place = unsigned_divmod(cta, self.ctas_per_wave)
         first, end = span(self.rounds, phase)
         return first * self.ctas_per_wave + place, cutlass.min(end * self.ctas_per_wave, self.num_items())
+
+    @cute.jit
+    def zigzag_item(self, step: Int32) -> Int32:
+        """Zigzag: this CTA's item of round ``step``."""
+        cta, _, _ = cute.arch.block_idx()
+        num_ctas, _, _ = cute.arch.grid_dim()
+        return step * num_ctas + (cta if step % 2 == 0 else num_ctas - 1 - cta)
 
     @cute.jit
     def strided_item(self, step: Int32) -> Int32:

@@ -13,7 +13,7 @@ DTYPES = ("bf16", "fp16")
 HEAD_DIMS = (64, 96, 128, 256)
 SOFTMAX_MODES = ("fixed_ref", "exact")
 Q_SOURCES = ("smem", "registers")
-SCHEDULERS = ("grid", "persistent")
+SCHEDULERS = ("grid", "persistent", "zigzag")
 REFERENCE_SCALINGS = ("once", "per_tile")
 PROXY_FENCES = ("producer", "consumer")
 KV_LOADS = ("gather", "boxes", "runs", "octets")
@@ -60,7 +60,9 @@ class FwdSpec:
     softmax: "fixed_ref" keeps the first tile's row maximum as reference (bf16 only, followed by the redo launch),
         "exact" is the online softmax.
     q_source: operand A of QK^T from shared memory or from registers.
-    scheduler: "grid" launches one CTA per work item, "persistent" one per SM slot that strides over the items.
+    scheduler: "grid" launches one CTA per work item. "persistent" launches several waves of CTAs, each of which takes
+        half of what is left, an equal share to a CTA (phases.py). "zigzag" launches one CTA per SM slot, which strides
+        over all items, every other time from the far end: for lists of nearly the same length.
     ctas_per_sm: CTAs meant to be resident on one SM (1 or 2).
     ping_pong: consumer warpgroups hand the tensor cores over through named barriers.
     scale_reference: whether fixed_ref multiplies the reference by the softmax scale once or in every tile. The
@@ -114,6 +116,11 @@ class FwdSpec:
     def num_threads(self) -> int:
         """Threads of a CTA: the consumer warpgroups and one producer warpgroup."""
         return WARPGROUP_THREADS * (self.consumer_warpgroups + 1)
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether a CTA takes several work items, one after the other."""
+        return self.scheduler != "grid"
 
     # ---- the gather's geometry ------------------------------------------------------------------------------------
     @property
@@ -209,7 +216,7 @@ class FwdSpec:
     def stages_output(self) -> bool:
         """A persistent CTA loads the next Q while it stores O, so O needs slabs of its own; not in the redo pass, whose
         items are rare."""
-        return self.scheduler == "persistent" and not self.redo
+        return self.takes_several and not self.redo
 
     def register_estimate(self) -> int:
         """Estimated registers of a consumer thread: S fp32, P 16-bit, O fp32, Q if it is held, and the rest."""
@@ -365,7 +372,8 @@ class FwdSpec:
             {"fixed_ref": "ref", "exact": "exact"}[self.softmax],
             f"r{self.consumer_registers}p{self.producer_registers}",
         ]
-        parts += ["qreg"] * (self.q_source == "registers") + ["pers"] * (self.scheduler == "persistent")
+        parts += ["qreg"] * (self.q_source == "registers")
+        parts += ["pers"] * (self.scheduler == "persistent") + ["zigzag"] * (self.scheduler == "zigzag")
         parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
         parts += ["tscale"] * (self.scale_reference == "per_tile")
         parts += [f"u{self.union_blocks}"] * (self.union_blocks > 1) + ["parts"] * self.parts

@@ -252,7 +252,7 @@ class Engine:
             plan = Plan.from_mask(mask, **known)
             self._plans.pop(key, None)
             fits = self.held_bytes[1] + plan.nbytes <= self.policy.plan_memory_gb * 2**30
-            known = {"capacity": plan.capacity, "grouped": plan.grouped}
+            known = {"capacity": plan.capacity, "grouped": plan.grouped, "even": plan.even}
             self._plans[key] = (mask, plan if fits else None, known)
         record.plan_bytes = plan.nbytes if self._plans[key][1] is not None else 0
         return plan

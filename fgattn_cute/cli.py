@@ -383,6 +383,7 @@ def explain(
         loads = expected_loads(union_factor, density * seqlen_k)
         plans = price(problem, chosen_for, density, factors, loads)
         problem = next(way.asked(problem) for way in kinds if way.name == plans.chosen)
+    problem = dataclasses.replace(problem, even=problem.union_blocks == 1)  # every block keeps this density
     choice = select(problem, chosen_for)
     sharing = {} if plans is None else {"union_factor": plans.option.union_factor, "loads": plans.option.loads_per_key}
     explained = Explanation.of(problem, chosen_for, choice, density, refused=(), plans=plans, **sharing)

@@ -198,6 +198,24 @@ def test_octets(spec):
     check(spec)
 
 
+def zigzag():
+    """Every preset's kernels for even lists, plain and grouped: quick those that gather at the flagship head dim."""
+    for preset in presets.builtin("h200").presets:
+        for spec in preset.specs():
+            if not preset.takes(spec.dtype, spec.head_dim, slice_n=1):
+                continue
+            for grouped in (False, True):
+                even = preset.spec(dtype=spec.dtype, head_dim=spec.head_dim, grouped=grouped, even=True)
+                if even.scheduler == "zigzag":
+                    marks = () if even.head_dim == 128 and not grouped else (pytest.mark.slow,)
+                    yield pytest.param(even, id=even.name, marks=marks)
+
+
+@pytest.mark.parametrize("spec", list(zigzag()))
+def test_zigzag(spec):
+    check(spec)
+
+
 def test_out_leaves_through_tma():
     spec = FwdSpec(head_dim=128, tile_m=64, tile_n=96, ctas_per_sm=2)
     assert cubin.count(inspected(spec)[1], "UTMASTG") == 2, "two 64-column boxes"

@@ -22,9 +22,7 @@ MORE_SPECS = {
         tile_m=192, tile_n=128, kv_stages=3, ping_pong=True, scale_reference="per_tile", kv_loads="octets"
     ),
     "three warpgroups, tiles of 80": tiny_spec(head_dim=128, tile_m=192, tile_n=80, ping_pong=True, kv_loads="octets"),
-    "four stages, persistent": tiny_spec(
-        head_dim=128, tile_n=96, kv_stages=4, scheduler="persistent", kv_loads="octets"
-    ),
+    "four stages, zigzag": tiny_spec(head_dim=128, tile_n=96, kv_stages=4, scheduler="zigzag", kv_loads="octets"),
 }
 HEADS = Heads(2, 4, 2, 1, 4)
 

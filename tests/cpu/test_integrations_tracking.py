@@ -201,7 +201,7 @@ def test_key_lists_are_kept_or_made_again_with_the_same_result(monkeypatch):
     attend = engine.attend_bshd
 
     def watched(q, k, v, plan, **options):
-        orders.append(plan.grouped)
+        orders.append((plan.grouped, plan.even))
         return attend(q, k, v, plan, **options)
 
     monkeypatch.setattr(engine, "attend_bshd", watched)
@@ -213,7 +213,7 @@ def test_key_lists_are_kept_or_made_again_with_the_same_result(monkeypatch):
         assert (report.plan_bytes > 0) == (memory > 0) and report.mask_bytes > 0
         assert {row["plan_bytes"] > 0 for row in report.rows() if row["action"] != "dense"} == {memory > 0}
     assert torch.equal(*results)
-    assert orders and all(orders), "half of the keys in one run: grouped whenever the lists are made"
+    assert set(orders) == {(True, True)}, "half of the keys in one run: grouped and even whenever the lists are made"
 
 
 def shared_transformer():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a launch hands to the kernel, with the kernel replaced by a recorder."""
 
+import dataclasses
 import math
 
 import pytest
@@ -73,6 +74,8 @@ def test_a_grid_has_a_cta_for_every_tile_and_a_persistent_one_those_of_its_phase
     assert launch.grid_size(grid, 1000, 128, 132) == 2000
     assert launch.grid_size(persistent, 1000, 128, 132) == 3 * 264 + 152, "8 rounds of 264: 4, 2, 1, and one of 152"
     assert launch.grid_size(persistent, 10, 128, 132) == 20
+    zigzag = dataclasses.replace(persistent, scheduler="zigzag")
+    assert launch.grid_size(zigzag, 1000, 128, 132) == 264 and launch.grid_size(zigzag, 10, 128, 132) == 20
     assert launch.grid_size(FwdSpec(head_dim=64, tile_m=192), 7, 200, 132) == 14, "a partial tile is a CTA"
 
 

@@ -77,7 +77,7 @@ def test_operators_obey_torchs_rules(inputs, name, results, layout):
     plan = make_plan()
     q, k, v = inputs if layout == "bshd" else [x.transpose(1, 2) for x in inputs]
     lists = (plan.ids, plan.offset, plan.keys, plan.work(1, HEADS))
-    arguments = (q, k, v, *lists, 64, 1, SQ, SK, False, None, layout, "auto", "", "fast", None)
+    arguments = (q, k, v, *lists, 64, 1, SQ, SK, False, True, None, layout, "auto", "", "fast", None)
     op = getattr(torch.ops.fgattn_cute, name).default
     assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
     found = op(*arguments)
@@ -95,7 +95,7 @@ def test_the_shape_function_never_runs_the_body(inputs, monkeypatch):
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in (*inputs, *lists)]
         out, lse = torch.ops.fgattn_cute.attention_lse(
-            *fake, 64, 1, SQ, SK, False, None, "bshd", "auto", "", "fast", None
+            *fake, 64, 1, SQ, SK, False, True, None, "bshd", "auto", "", "fast", None
         )
     assert out.shape == (1, SQ, HEADS, D) and out.dtype == torch.bfloat16
     assert lse.shape == (1, HEADS, SQ) and lse.dtype == torch.float32

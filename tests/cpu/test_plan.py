@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan: lists, work order, capacity, validation, storage."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,6 +121,39 @@ def test_what_is_never_grouped():
     plan = Plan.from_mask(SliceMask.full(**GEOMETRY))
     with pytest.raises(PlanError, match="segments of 4 keys are not grouped"):
         Plan(plan.ids, plan.offset, plan.keys, **GEOMETRY, grouped=True)
+
+
+@pytest.mark.parametrize(
+    "counts, wanted",
+    [
+        ([20, 20, 20, 20], True),
+        ([22, 22, 18, 18], True),  # 1.1 of the mean
+        ([23, 21, 18, 18], False),
+        ([20, 20, 20, 0], False),  # an empty list counts: 1.33
+        ([0, 0, 0, 0], True),
+    ],
+)
+def test_even_lists(counts, wanted, tmp_path):
+    """From masks and from lists alike, and kept by whatever hands a plan on."""
+    geometry = {"slice_m": 16, "slice_n": 2, "seqlen_q": 64, "seqlen_k": 100}
+    keep = torch.arange(50) < torch.tensor(counts)[None, None, :, None]
+    mask = SliceMask.from_dense(keep, **geometry)
+    ids = torch.arange(50, dtype=torch.int32).expand(1, 1, 4, 50)
+    lists = torch.tensor(counts, dtype=torch.int32)[None, None]
+    for plan in (Plan.from_mask(mask), Plan.from_lists(ids, lists, **geometry)):
+        assert plan.even == wanted == plan.to("meta").even == ("even" in repr(plan)) == plan.describe()["even"]
+        plan.save(tmp_path / "plan.safetensors")
+        assert Plan.load(tmp_path / "plan.safetensors").even == wanted
+        assert (plan.signature == dataclasses.replace(plan, even=False).signature) == (not wanted)
+
+
+def test_what_is_not_known_is_not_even():
+    geometry = {"slice_m": 16, "slice_n": 2, "seqlen_q": 64, "seqlen_k": 100}
+    mask = SliceMask.full(**geometry)
+    ids, counts = torch.arange(50, dtype=torch.int32).expand(1, 1, 4, 50), torch.full((1, 1, 4), 50, dtype=torch.int32)
+    assert Plan.from_mask(mask).even and not Plan.from_mask(mask, capacity=400).even
+    assert Plan.from_mask(mask, capacity=400, even=True).even
+    assert not Plan.from_lists(ids, counts, **geometry, capacity=400).even
 
 
 def test_validate_knows_the_order_of_grouped_lists():

@@ -116,7 +116,9 @@ def test_specs_are_every_kernel_that_a_call_launches():
         for spec in preset.specs():
             assert spec in specs
             assert spec.softmax != "fixed_ref" or spec.redo_spec() in specs
-            assert preset.spec(dtype=spec.dtype, head_dim=spec.head_dim, grouped=True) in specs or spec.slice_n > 1
+            facts = {"dtype": spec.dtype, "head_dim": spec.head_dim}
+            for grouped, even in ((True, False), (False, True), (True, True)):
+                assert preset.spec(**facts, grouped=grouped, even=even) in specs or spec.slice_n > 1
     assert {spec.slice_n for spec in specs} == {1, 8, 64}
     assert {s.head_dim for s in prebuilt.specs_of("h200", head_dims=[64])} == {64}
 

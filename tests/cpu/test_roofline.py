@@ -159,6 +159,8 @@ def test_a_persistent_launch_hands_out_shares_and_ends_with_one_item():
     assert found == [13 + 11 + 9 + 7, 12 + 10 + 8 + 6, 5 + 3, 4 + 2, 1]
     # The second SM is free first: 36 + 8 there, 40 + 6 on the other; the last item ends at 45.
     assert roofline.makespan(found, 2) == 46
+    zigzag = roofline.cta_cycles(spec_of("m128-d128", scheduler="zigzag"), items, 2)
+    assert zigzag == [13 + 10 + 9 + 6 + 5 + 2 + 1, 12 + 11 + 8 + 7 + 4 + 3]
 
 
 @pytest.mark.parametrize("seqlen, heads", [(16384, 24), (75600, 12)])

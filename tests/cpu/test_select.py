@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel a problem gets, where from, and what is said about it."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -205,6 +206,30 @@ def test_grouped_lists_take_octets(slice_m, head_dim, dtype):
         lists = {"slice_m": slice_m, "head_dim": head_dim, "dtype": dtype, "nearly_full": nearly_full}
         assert select(problem(**lists, grouped=True), H200).spec.kv_loads == "octets"
         assert select(problem(**lists), H200).spec.kv_loads != "octets"
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_even_lists_go_in_zigzag_where_rows_are_gathered(head_dim):
+    """Uneven lists, boxes, runs and the exact softmax keep waves; a grid stays a grid."""
+
+    def chosen(**facts):
+        spec = select(problem(slice_m=128, head_dim=head_dim, **facts), H200).spec
+        return spec.scheduler, spec.kv_loads
+
+    assert chosen()[0] == chosen(grouped=True)[0] == "persistent"
+    assert chosen(even=True) == ("zigzag", "gather")
+    assert chosen(even=True, grouped=True) == ("zigzag", "octets")
+    assert chosen(even=True, nearly_full=True) == ("persistent", "runs")
+    assert chosen(even=True, slice_n=8) == ("persistent", "boxes")
+    assert chosen(even=True, slice_n=3) == (("persistent", "runs") if head_dim == 128 else ("zigzag", "gather"))
+    assert chosen(even=True, dtype=torch.float16) == ("persistent", "gather")
+    for slice_m in (64, 192):
+        asked = problem(slice_m=slice_m, head_dim=head_dim)
+        assert select(dataclasses.replace(asked, even=True), H200) == select(asked, H200)
+    named = f"m128-d{head_dim}"
+    assert select(problem(slice_m=128, head_dim=head_dim, even=True), H200, named).spec.scheduler == "zigzag"
+    waves = FwdSpec(head_dim=head_dim, tile_n=64, scheduler="persistent")
+    assert select(problem(slice_m=128, head_dim=head_dim, even=True), H200, waves).spec == waves
 
 
 def test_loads_that_need_another_order():

@@ -91,6 +91,13 @@ def test_candidates_for_grouped_lists_bring_runs_of_8_by_tma(case):
     assert {c.spec.kv_loads for c in found} == {"octets"} and any(c.rejected is None for c in found)
 
 
+def test_candidates_for_even_lists_try_waves_and_zigzag(case):
+    found = tuner.candidates(dataclasses.replace(case[-1], head_dim=128, even=True), H200)
+    own = [c.spec for c in found if c.preset_id == "m128-d128"]
+    assert {spec.scheduler for spec in own} == {"grid", "persistent", "zigzag"}
+    assert len({spec.tile_n for spec in own if spec.scheduler == "zigzag"}) > 1
+
+
 def test_ranking_uses_the_plans_own_lists(case):
     """Lists of 100 keys waste less of a tile of 96 than of 160; lists of 16,000 keys do not care."""
     spec = presets.builtin("h200").get("m64-d64").spec(dtype="bf16", head_dim=D)

@@ -157,7 +157,7 @@ class Explanation:
             "octets": "K and V gathered, aligned runs of 8 keys by TMA",
         }
         handed_out = {
-            "grid": "a CTA per item",
+            "grid": "grid",
             "persistent": "persistent CTAs in waves",
             "zigzag": "persistent CTAs in zigzag",
         }[spec.scheduler]

@@ -194,3 +194,14 @@ def test_explain_says_how_keys_come(slice_n, loads):
     q = torch.zeros(1, 200, 1, 128, dtype=torch.bfloat16)
     mask = fg.SliceMask.full(slice_m=192, slice_n=slice_n, seqlen_q=200, seqlen_k=200)
     assert f"K and V {loads}, grid" in str(fg.explain(q, q, q, fg.Plan.from_mask(mask)))
+
+
+def test_explain_says_how_work_is_shared_out():
+    """128 rows: in zigzag where the plan knows that its lists are even, else in waves."""
+    q = torch.zeros(1, 512, 1, 128, dtype=torch.bfloat16)
+    mask = fg.SliceMask.from_dense(torch.rand(1, 1, 4, 512) < 0.3, slice_m=128, slice_n=1, seqlen_q=512, seqlen_k=512)
+    for even, said in (
+        (True, "persistent CTAs in zigzag (lists are even)"),
+        (False, "persistent CTAs in waves (lists"),
+    ):
+        assert said in str(fg.explain(q, q, q, fg.Plan.from_mask(mask, even=even)))

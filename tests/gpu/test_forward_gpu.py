@@ -84,6 +84,7 @@ SWITCHES = {
     "persistent, ping-pong, Q in registers": tiny_spec(
         tile_m=128, scheduler="persistent", ping_pong=True, q_source="registers"
     ),
+    "zigzag, Q in registers": tiny_spec(tile_m=128, scheduler="zigzag", q_source="registers"),
     "three warpgroups in turn": tiny_spec(tile_m=192, ping_pong=True),
 }
 

@@ -15,7 +15,7 @@ from . import gpu as _gpu
 from . import launch, reference, settings
 from .errors import InputError, UnsupportedError, describe_tensor, refusal
 from .explanation import Explanation
-from .kernels.spec import WGMMA_ROWS, FwdSpec
+from .kernels.spec import FwdSpec
 from .mask import SliceMask
 from .parts import PartsPlan
 from .plan import Plan
@@ -186,7 +186,7 @@ def explain(
         mask = plan
         problem = _checks.check(q, k, v, mask, layout=layout, level="off")
         if spec is None and rows_for(mask.slice_m) and not _checks.reasons(problem, q, k, v, mask, scale):
-            plans = choose(mask, problem, gpu, coarser=True, reused=False)
+            plans = choose(mask, problem, gpu, coarser=True)
         plan = _plan_of(mask) if plans is None else plans.plan(mask)
     problem = _checks.check(q, k, v, plan, layout=layout, level="off")
     refused = _checks.reasons(problem, q, k, v, plan, scale)
@@ -252,7 +252,7 @@ def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks:
     Without the compiler, too, lists of its own: kernels for unions need not be among those that were brought along.
     """
     on_kernel = backend == "emulator" or (isinstance(q, torch.Tensor) and q.is_cuda and backend != "reference")
-    could_share = spec is None and on_kernel and rows_for(mask.slice_m) and mask.slice_m != WGMMA_ROWS
+    could_share = spec is None and on_kernel and rows_for(mask.slice_m)
     if not could_share or torch.compiler.is_compiling() or not _compiler_installed():
         return _plan_of(mask)
     problem = _checks.check(q, k, v, mask, layout=layout, level=checks)
@@ -260,7 +260,7 @@ def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks:
     best = vars(mask).setdefault(_BEST_OF_MASK, {})
     key = (problem.batch, problem.heads, problem.head_dim, problem.dtype, gpu, *settings.choosing())
     if key not in best:
-        plans = choose(mask, problem, gpu, reused=False)
+        plans = choose(mask, problem, gpu)
         best[key] = _plan_of(mask) if plans.chosen == OWN else plans.plan(mask)
     return best[key]
 

@@ -361,8 +361,7 @@ def explain(
     from fgattn_cute.checks import check
     from fgattn_cute.explanation import Explanation
     from fgattn_cute.mask import SliceMask
-    from fgattn_cute.parts import expected_loads
-    from fgattn_cute.plan_choice import price, ways
+    from fgattn_cute.plan_choice import expected, price, ways
     from fgattn_cute.select import select
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -379,9 +378,7 @@ def explain(
         if union_factor < 1:
             raise typer.BadParameter("pairs computed over pairs kept are at least 1", param_hint="--union-factor")
         kinds = ways(slice_m, slice_n, coarser=False)
-        factors = {way: union_factor if way.blocks > 1 and way.lists == "bits" else 1.0 for way in kinds}
-        loads = expected_loads(union_factor, density * seqlen_k)
-        plans = price(problem, chosen_for, density, factors, loads)
+        plans = price(problem, chosen_for, density, *expected(kinds, union_factor, density * seqlen_k))
         problem = next(way.asked(problem) for way in kinds if way.name == plans.chosen)
     problem = dataclasses.replace(problem, even=problem.union_blocks == 1)  # every block keeps this density
     choice = select(problem, chosen_for)

@@ -22,11 +22,11 @@ from . import cache, cubin, loading, signatures
 from .cache import ARCH, Artifact
 from .errors import CompileError
 from .kernels.copy_spec import CopySpec
-from .kernels.mask_spec import CompactSpec, MassSpec, MemberSpec, PartListSpec
+from .kernels.mask_spec import CompactSpec, HalfListSpec, MassSpec, MemberSpec, PartListSpec
 from .kernels.spec import FwdSpec
 from .settings import configure_logging, log
 
-Spec = FwdSpec | CompactSpec | MassSpec | PartListSpec | MemberSpec | CopySpec
+Spec = FwdSpec | CompactSpec | MassSpec | PartListSpec | HalfListSpec | MemberSpec | CopySpec
 LOCK = threading.RLock()
 
 

@@ -103,6 +103,13 @@ def describe_union_plan(plan) -> Description:
     return facts
 
 
+def describe_halves_plan(plan) -> Description:
+    """As ``describe_union_plan``, with the keys that the unions load for each that a block keeps."""
+    facts = describe_union_plan(plan)
+    facts["loads_per_key"] = plan.loads_per_key
+    return facts
+
+
 def describe_parts_plan(plan) -> Description:
     """Facts of the mask of lists in parts, with what they load and the plan's own memory."""
     facts = describe_mask(plan.to_mask())

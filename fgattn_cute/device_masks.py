@@ -16,9 +16,12 @@ import torch
 from fgattn_cute.errors import InputError
 from fgattn_cute.kernels.mask_spec import (
     BINS,
+    HALVES_SUMS,
     PARTS_SUMS,
+    SHARED_MAX_COLUMNS,
     SLAB_ROWS,
     CompactSpec,
+    HalfListSpec,
     MemberSpec,
     PartListSpec,
     plan_mass,
@@ -41,6 +44,12 @@ def _runs_kernels(index: int) -> bool:
     from fgattn_cute import gpu
 
     return not gpu.from_cuda(index).reasons()
+
+
+def backend_for_lists(mask, backend: str | None) -> str:
+    """Where shared lists of a mask are made: as asked, but their kernels count tiles in 32 bits, so torch does longer
+    ones."""
+    return "torch" if mask.blocks_k > SHARED_MAX_COLUMNS else backend or backend_of(mask.bits)
 
 
 def count(mask, words: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,6 +137,32 @@ def write_parts(words, blocks, sums, offset, ids, members, backend: str) -> None
     """
     rows = (words.flatten(0, -2), blocks, sums)
     _launch(PartListSpec(step="write"), backend, (*rows, offset, ids, members, words.shape[2]))
+
+
+def measure_halves(words: torch.Tensor, blocks: torch.Tensor, backend: str) -> torch.Tensor:
+    """How much unions in halves have of each kind: int32 (lists, HALVES_SUMS), columns as in ``mask_spec``.
+
+    Args:
+        words, backend: as for ``measure_parts``.
+        blocks: int32 (lists, 2, 4 or 8), contiguous, query blocks of each list; blocks_q or more means none.
+    """
+    sums = torch.empty(len(blocks), HALVES_SUMS, dtype=torch.int32, device=words.device)
+    spec = HalfListSpec(step="measure", union_blocks=blocks.shape[1])
+    _launch(spec, backend, (words.flatten(0, -2), blocks, sums, words.shape[2]))
+    return sums
+
+
+def write_halves(words, blocks, sums, offset, ids, members, backend: str) -> None:
+    """Writes unions in halves, and what the halves take of them.
+
+    Args:
+        words, blocks, backend: as for ``measure_halves``. sums: its result.
+        offset: int64 (lists,), start of each list, one after the other.
+        ids: int32 (n,), written in full: 0 past the last list.
+        members: int32 (words, blocks of a list), written in full.
+    """
+    spec = HalfListSpec(step="write", union_blocks=blocks.shape[1])
+    _launch(spec, backend, (words.flatten(0, -2), blocks, sums, offset, ids, members, words.shape[2]))
 
 
 # ---- queries and keys ----------------------------------------------------------------------------------------------

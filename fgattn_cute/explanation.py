@@ -24,7 +24,7 @@ class Explanation:
     grid: CTAs of the launch.
     prediction: what the cost model expects of the kernel; ``runners_up_tflops`` the same of each runner-up, packed.
     union_factor: pairs that unions compute over pairs kept; 1 without unions.
-    loads_per_key: keys loaded over keys that blocks keep where lists come in parts; None elsewhere.
+    loads_per_key: keys loaded over keys that blocks keep where lists come in parts or halves; None elsewhere.
     plans: the kinds of plan that the mask could have, which was taken and why; None where a plan was given.
     """
 
@@ -61,7 +61,7 @@ class Explanation:
 
         Args:
             plan: whose lists are priced; without one every block keeps ``density`` of the keys and unions have a
-                factor of ``union_factor``, lists in parts load ``loads`` keys per kept key.
+                factor of ``union_factor``, lists in parts or halves load ``loads`` keys per kept key.
             plans: how the plan was chosen, where it was.
         """
         effective = problem.effective_flops()
@@ -135,7 +135,7 @@ class Explanation:
             f"{_flops(self.effective_flops)} effective (dense)"
         )
         if self.loads_per_key is not None:
-            lines.append(f"parts     {self.loads_per_key:.2f} keys loaded for each that a block keeps")
+            lines.append(f"loads     {self.loads_per_key:.2f} keys loaded for each that a block keeps")
         elif self.problem.union_blocks > 1:
             lines.append(f"unions    factor {self.union_factor:.2f}: pairs computed over pairs kept")
         if self.plans is not None:

@@ -17,17 +17,16 @@ from fgattn_cute.compaction import PLAN_SLACK, write_ids
 from fgattn_cute.kernels.mask_spec import (
     PARTS_COMMON,
     PARTS_DOUBLES,
-    PARTS_MAX_COLUMNS,
     PARTS_MOST,
     PARTS_OWN,
     PARTS_TILES,
 )
-from fgattn_cute.kernels.spec import PARTS_BLOCKS, PARTS_PLACES, PARTS_TILE_N
+from fgattn_cute.kernels.spec import PARTS_AHEAD, PARTS_BLOCKS, PARTS_PLACES, PARTS_TILE_N
 from fgattn_cute.shared import rows_of
 
 PAIRS = ((0, 1), (0, 2), (1, 2))  # of the three blocks, in the order of their tiles; block b's are 0 1, 0 2 and 1 2
 SHARED = 1 + len(PAIRS)  # parts of more than one block
-SPARE_STEPS = 2  # a warpgroup reads a place ahead, and one where nobody keeps anything
+SPARE_STEPS = 1 + PARTS_AHEAD  # a warpgroup reads places ahead, and one where nobody keeps anything
 
 
 class PartLists(NamedTuple):
@@ -60,7 +59,7 @@ class TileCounts(NamedTuple):
     @classmethod
     def of(cls, mask, blocks: torch.Tensor, backend: str | None = None) -> TileCounts:
         """Of a mask's lists. blocks, backend: as for ``compact``."""
-        backend = _backend(mask, backend)
+        backend = device_masks.backend_for_lists(mask, backend)
         if backend == "torch":
             return cls.of_rows(rows_of(mask, blocks))
         sums = device_masks.measure_parts(mask.bits.contiguous(), blocks, backend)
@@ -106,7 +105,7 @@ def compact(mask, blocks: torch.Tensor, backend: str | None = None) -> PartLists
         backend: "cuda" or "emulator" for the kernels, "torch"; None takes the kernels where the mask lies on a GPU
             that runs them.
     """
-    backend = _backend(mask, backend)
+    backend = device_masks.backend_for_lists(mask, backend)
     words, device = mask.bits.contiguous(), mask.device
     if backend == "torch":
         rows = rows_of(mask, blocks)
@@ -127,12 +126,6 @@ def compact(mask, blocks: torch.Tensor, backend: str | None = None) -> PartLists
     else:
         device_masks.write_parts(words, blocks, sums, offset, ids, members, backend)
     return PartLists(ids, offset, (tiles * PARTS_TILE_N).to(torch.int32), members)
-
-
-def _backend(mask, backend: str | None) -> str:
-    """The kernels count tiles in 32 bits; a longer mask's are counted by torch."""
-    backend = backend or device_masks.backend_of(mask.bits)
-    return "torch" if mask.blocks_k > PARTS_MAX_COLUMNS else backend
 
 
 def _in_common(rows: torch.Tensor) -> torch.Tensor:

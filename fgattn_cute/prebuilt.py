@@ -18,7 +18,7 @@ from pathlib import Path
 from . import cache, presets, settings, workers
 from .errors import CompileError
 from .kernels import copy_spec
-from .kernels.mask_spec import COMPACT_STEPS, PART_LIST_STEPS, CompactSpec, MemberSpec, PartListSpec
+from .kernels.mask_spec import COMPACT_STEPS, SHARED_LIST_STEPS, CompactSpec, MemberSpec, PartListSpec
 from .kernels.spec import FwdSpec
 from .settings import log
 
@@ -127,7 +127,7 @@ def unions_of(specs: Iterable[FwdSpec]) -> list:
         shared = for_parts(spec)
         if not spec.redo and not shared.reasons():
             found[shared] = None
-            found.update(dict.fromkeys(PartListSpec(step=step) for step in PART_LIST_STEPS))
+            found.update(dict.fromkeys(PartListSpec(step=step) for step in SHARED_LIST_STEPS))
             if shared.softmax == "fixed_ref":
                 found[shared.redo_spec()] = None
     return list(found)

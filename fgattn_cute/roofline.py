@@ -280,7 +280,8 @@ class Workload:
     keys: length of every list in keys, (batch, heads, blocks) flattened: query blocks fastest.
     heads, batch: of q. kv_heads: of k and v. slice_m: rows that share a list, of all blocks of a union.
     kept_share: kept pairs over those in the lists, less than 1 for unions.
-    loads: tiles loaded per tile computed. Of lists in parts ``keys`` is what a CTA computes, and it loads more.
+    loads: tiles loaded per tile computed. Of lists in parts and unions in halves ``keys`` is what a CTA computes, and
+        it loads more.
     """
 
     keys: tuple[int, ...]
@@ -297,11 +298,11 @@ class Workload:
     def of(cls, problem, plan) -> Workload:
         """Of a problem and its plan; reads the lists' lengths back from the device."""
         repeat = (problem.batch // plan.batch) * (problem.heads // plan.heads)
-        parts = problem.union_lists == "parts"
-        lists = plan.computed if parts else plan.lists if problem.union_blocks > 1 else plan
+        passing = problem.union_lists != "bits"  # warpgroups pass over tiles of others
+        lists = plan.computed if passing else plan.lists if problem.union_blocks > 1 else plan
         work = cls.uniform(problem, 0.0, keys=tuple(lists.keys.flatten().tolist()) * repeat)
         share = plan.density / lists.density if problem.union_blocks > 1 and lists.density else 1.0
-        loads = sum(plan.lists.keys.flatten().tolist()) * repeat / max(1, sum(work.keys)) if parts else 1.0
+        loads = sum(plan.lists.keys.flatten().tolist()) * repeat / max(1, sum(work.keys)) if passing else 1.0
         return dataclasses.replace(work, kept_share=share, loads=loads)
 
     @classmethod

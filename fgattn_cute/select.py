@@ -18,7 +18,7 @@ import functools
 from . import presets, settings, tuned
 from .errors import InputError, PresetError, UnsupportedError, refusal
 from .gpu import Gpu
-from .kernels.spec import PARTS_BLOCKS, PARTS_STAGES, PARTS_TILE_N, UNION_TILES_N, FwdSpec
+from .kernels.spec import HALVES_STAGES, HALVES_TILE_N, PARTS_BLOCKS, PARTS_STAGES, PARTS_TILE_N, UNION_TILES_N, FwdSpec
 from .presets import Preset, PresetFile
 from .problem import Problem
 
@@ -112,7 +112,10 @@ def fallback(problem: Problem, gpu: Gpu) -> FwdSpec:
 
 def for_lists(spec: FwdSpec, problem: Problem) -> FwdSpec:
     """The same kernel for the lists of a problem's plan, shared or not."""
-    return for_parts(spec) if problem.union_lists == "parts" else for_union(spec, problem.union_blocks)
+    if problem.union_lists == "parts":
+        return for_parts(spec)
+    spec = for_union(spec, problem.union_blocks)
+    return for_halves(spec) if problem.union_lists == "halves" else spec
 
 
 def for_parts(spec: FwdSpec) -> FwdSpec:
@@ -120,6 +123,11 @@ def for_parts(spec: FwdSpec) -> FwdSpec:
     (one H200, 2026-11-23, perf/results/h200/2026-11-23-parts.jsonl)."""
     lists = {"union_blocks": PARTS_BLOCKS, "union_lists": "parts", "kv_loads": "gather"}
     return dataclasses.replace(spec, **lists, tile_n=PARTS_TILE_N, kv_stages=PARTS_STAGES)
+
+
+def for_halves(spec: FwdSpec) -> FwdSpec:
+    """The same kernel of a union for lists in halves, which fix its tile."""
+    return dataclasses.replace(spec, union_lists="halves", tile_n=HALVES_TILE_N, kv_stages=HALVES_STAGES)
 
 
 def for_union(spec: FwdSpec, union_blocks: int) -> FwdSpec:
@@ -263,7 +271,7 @@ def _wanted(problem: Problem) -> str:
 
 
 def _kind(problem: Problem) -> str:
-    return "list in parts" if problem.union_lists == "parts" else "union"
+    return {"bits": "union", "halves": "union in halves", "parts": "list in parts"}[problem.union_lists]
 
 
 def _explicit(problem: Problem, gpu: Gpu, spec: FwdSpec | str) -> Choice:

@@ -7,7 +7,7 @@ Extents that must agree share a symbol, which TVM-FFI then checks at every call.
 from __future__ import annotations
 
 from .kernels.copy_spec import ROW_WORDS, CopySpec
-from .kernels.mask_spec import PARTS_SUMS, CompactSpec, MassSpec, MemberSpec, PartListSpec
+from .kernels.mask_spec import HALVES_SUMS, PARTS_SUMS, CompactSpec, HalfListSpec, MassSpec, MemberSpec, PartListSpec
 from .kernels.spec import PARTS_BLOCKS, FwdSpec
 
 STRIDE_ELEMS = 8  # rows of q, k, v, out start on 16 bytes
@@ -32,6 +32,11 @@ def kernel_of(spec) -> tuple:
 
         kernel = part_lists_sm90.MeasureParts() if spec.step == "measure" else part_lists_sm90.WriteParts()
         return kernel, _part_lists(spec)
+    if isinstance(spec, HalfListSpec):
+        from .kernels import half_lists_sm90
+
+        kernel = half_lists_sm90.MeasureHalves() if spec.step == "measure" else half_lists_sm90.WriteHalves()
+        return kernel, _half_lists(spec)
     if isinstance(spec, MemberSpec):
         from .kernels.members_sm90 import PackMembers
 
@@ -149,6 +154,24 @@ def _part_lists(spec: PartListSpec) -> list:
             _packed(Int64, (lists,), 8),  # offset
             _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
             _packed(Int32, (lists, PARTS_BLOCKS, width), 4),  # members
+        ]
+    return [*found, 1, _stream()]  # blocks_q
+
+
+def _half_lists(spec: HalfListSpec) -> list:
+    from cutlass import Int32, Int64
+
+    rows, words, lists, num_ids, num_words = _symbols(5)
+    found = [
+        _packed(Int32, (rows, words), 4),  # bits
+        _packed(Int32, (lists, spec.union_blocks), 4),  # blocks
+        _packed(Int32, (lists, HALVES_SUMS), 4),  # what is measured
+    ]
+    if spec.step == "write":
+        found += [
+            _packed(Int64, (lists,), 8),  # offset
+            _packed(Int32, (num_ids,), LIST_ALIGN_BYTES),  # ids
+            _packed(Int32, (num_words, spec.union_blocks), 4),  # members
         ]
     return [*found, 1, _stream()]  # blocks_q
 

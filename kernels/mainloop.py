@@ -14,6 +14,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from .fragments import as_operand_a, convert, multiply
+from .halves import Halves
 from .masking import KeepBits, TailMask
 from .parts import Parts
 from .schedule import TensorCoreOrder
@@ -48,8 +49,14 @@ class Mainloop:
         self.shape_S = qk.partition_shape_C((WGMMA_ROWS, spec.tile_n))
         self.tOrP = pv.make_fragment_A(pv.partition_shape_A((WGMMA_ROWS, spec.tile_n)))
         self.acc_O = cute.make_rmem_tensor(pv.partition_shape_C((WGMMA_ROWS, spec.head_dim)), Float32)
-        self.keep = KeepBits(spec, mMembers, thread, warpgroup_index) if const_expr(spec.keep_bits) else None
-        self.parts = Parts(spec, pipes, self.order, mMembers, warpgroup_index) if const_expr(spec.parts) else None
+        # Of shared lists: which tiles are this warpgroup's, and which of their keys.
+        self.parts = self.halves = self.keep = None
+        if const_expr(spec.parts):
+            self.parts = Parts(spec, pipes, self.order, mMembers, thread, warpgroup_index)
+        elif const_expr(spec.halves):
+            self.parts = self.halves = Halves(spec, pipes, mMembers, thread, warpgroup_index)
+        if const_expr(spec.keep_bits):
+            self.keep = KeepBits(spec, mMembers, thread, warpgroup_index, self.halves)
         self.softmax = Softmax(spec, scale_log2, self.keep)
 
     @cute.jit
@@ -93,7 +100,7 @@ class Mainloop:
         acc_S = self.new_scores()
         multiply(self.mma_qk, acc_S, self.tSrQ, self.tSrK[None, None, None, self.pipe_k.slot(it)], True)
         warpgroup.wait_group(0)
-        self.pipe_k.release(it)
+        self.pipe_k.release(it, self.arrivals(0))
         self.tail_mask.apply(acc_S, num_keys, self.thread)
         if const_expr(self.keep is not None):
             self.keep.advance(cutlass.min(1, last))
@@ -114,7 +121,7 @@ class Mainloop:
         self.wait_tile(self.pipe_v, it)
         self.multiply_v(it)
         warpgroup.wait_group(0)
-        self.pipe_v.release(it)
+        self.pipe_v.release(it, self.arrivals(0))
         return it + 1
 
     @cute.jit
@@ -145,17 +152,21 @@ class Mainloop:
         self.multiply_v(it)
         self.order.pass_on(self.warpgroup_index)
         warpgroup.wait_group(1)
-        self.pipe_k.release(following)
+        self.pipe_k.release(following, self.arrivals(0))
         if const_expr(is_tail):
             self.tail_mask.apply(acc_S, num_valid, self.thread)
         if const_expr(self.keep is not None):
             self.keep.advance(cutlass.min(tile + 1, last))
         self.softmax.next_tile(acc_S)
         warpgroup.wait_group(0)
-        self.pipe_v.release(it)
+        self.pipe_v.release(it, self.arrivals(1))
         self.store_p(acc_S)
         if const_expr(not self.softmax.fixed):
             self.softmax.rescale_output(self.acc_O)
+
+    def arrivals(self, before: int):
+        """Arrivals by which a warp releases the tile at hand, or the one before it."""
+        return 1 if self.halves is None else self.halves.arrivals[before]
 
     @cute.jit
     def wait_tile(self, pipe, i: Int32):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What decides which mask kernel is compiled: ``CompactSpec`` for bits to lists, ``PartListSpec`` for bits to lists in
-parts, ``MemberSpec`` for the keep-bits of unions, ``MassSpec`` for scores to bits.
+parts, ``HalfListSpec`` for bits to unions in halves, ``MemberSpec`` for the keep-bits of unions, ``MassSpec`` for
+scores to bits.
 
 Pure Python and free of cutlass, as spec.py.
 """
@@ -10,6 +11,7 @@ import dataclasses
 from .spec import (
     DTYPES,
     ELEMENT_BYTES,
+    HALVES,
     HEAD_DIMS,
     SMEM_LIMIT_BYTES,
     SMEM_PER_SM_BYTES,
@@ -19,11 +21,13 @@ from .spec import (
 )
 
 COMPACT_STEPS = ("count", "write")
-PART_LIST_STEPS = ("measure", "write")
+SHARED_LIST_STEPS = ("measure", "write")
 # What is measured of a list in parts, by column: keys of each block from spec.PARTS_KEYS on; tiles of all blocks, of
 # each two, of each block's own, in all, and of the block that has most; the key before which each shared part ends.
 PARTS_COMMON, PARTS_DOUBLES, PARTS_OWN, PARTS_TILES, PARTS_MOST, PARTS_CUTS, PARTS_SUMS = 3, 4, 5, 8, 9, 10, 14
-PARTS_MAX_COLUMNS = 1 << 22  # of a mask: products of two numbers of tiles stay below 2^31
+# The same of a union in halves: keys of either; tiles of both, and in all; the key before which the former end.
+HALVES_KEYS, HALVES_COMMON, HALVES_TILES, HALVES_CUT, HALVES_SUMS = 0, 2, 3, 4, 5
+SHARED_MAX_COLUMNS = 1 << 22  # of a mask: products of two numbers of tiles stay below 2^31
 OUTPUTS = ("bits", "histogram", "lse")
 STATISTICS = ("mean", "max")
 WORD_BITS = 32
@@ -67,8 +71,32 @@ class PartListSpec:
 
     def reasons(self) -> list:
         """Why this spec cannot run; empty when it can."""
-        legal = PART_LIST_STEPS
+        legal = SHARED_LIST_STEPS
         return [] if self.step in legal else [f"step {self.step!r} is not one of {', '.join(legal)}"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HalfListSpec:
+    """One of the two launches that turn mask bits into unions in halves.
+
+    step: "measure" counts what the halves have in common, "write" fills the lists.
+    union_blocks: query blocks of a union.
+    """
+
+    step: str
+    union_blocks: int
+
+    @property
+    def name(self) -> str:
+        return f"half_lists_{self.step}_u{self.union_blocks}"
+
+    def reasons(self) -> list:
+        """Why this spec cannot run; empty when it can."""
+        legal, blocks = SHARED_LIST_STEPS, [HALVES * n for n in (1, 2, 4)]
+        why = [] if self.step in legal else [f"step {self.step!r} is not one of {', '.join(legal)}"]
+        if self.union_blocks not in blocks:
+            why.append(f"union_blocks {self.union_blocks} is not one of {', '.join(map(str, blocks))}")
+        return why
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

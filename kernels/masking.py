@@ -7,7 +7,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from .fragments import rows_and_columns
 from .gather import Positions
-from .spec import UNION_TILES_N, WARP_ROWS, WGMMA_ROWS
+from .spec import HALVES_TILE_WORDS, UNION_TILES_N, WARP_ROWS, WGMMA_ROWS
 
 
 class TailMask:
@@ -39,8 +39,9 @@ class KeepBits:
     columns are a quarter of a tile's positions in their order (gather.Positions): a whole word, or half of one.
     """
 
-    def __init__(self, spec, mMembers, thread, warpgroup_index):
+    def __init__(self, spec, mMembers, thread, warpgroup_index, halves):
         self.spec = spec
+        self.halves = halves
         self.mMembers = mMembers
         pieces = spec.tile_m // spec.union_blocks // WARP_ROWS
         self.member = (warpgroup_index * (WGMMA_ROWS // WARP_ROWS) + thread // 32) // pieces
@@ -57,12 +58,16 @@ class KeepBits:
     @cute.jit
     def start(self, union: Int32, list_start: Int64):
         """Begin the list of a union, which owns one word more than its list needs; reads the first tile ahead."""
-        self.first[0] = list_start * self.spec.slice_n // 32 + Int64(union)
+        if const_expr(self.halves is None):
+            self.first[0] = list_start * self.spec.slice_n // 32 + Int64(union)
+        else:
+            self.first[0] = self.halves.first[0] + 2  # the keys of the halves, and where the first tile is
         self.read_ahead(Int32(0))
 
     @cute.jit
     def read_ahead(self, tile: Int32):
-        index = self.first[0] + Int64(tile * (self.spec.tile_n // 32) + self.first_bit // 32)
+        tile_words = HALVES_TILE_WORDS if const_expr(self.spec.halves) else self.spec.tile_n // 32
+        index = self.first[0] + Int64(tile * tile_words + self.first_bit // 32)
         word = self.mMembers[index, self.member]
         if const_expr(self.spec.tile_n < UNION_TILES_N[0]):
             word = (word >> self.first_bit % 32) & ((1 << self.spec.tile_n // 4) - 1)

@@ -15,44 +15,13 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from .compact_sm90 import WARP, WARPS_PER_CTA, WORD_BITS, inclusive_sum, own_row
+from .list_words import bits_below, clear_ids, fill_up, last_of, position_of, rows_of, words_of, write_words
 from .mask_spec import PARTS_COMMON, PARTS_CUTS, PARTS_DOUBLES, PARTS_MOST, PARTS_OWN, PARTS_TILES
 from .spec import PARTS_BLOCKS, PARTS_KEYS, PARTS_PLACES, PARTS_ROUNDS
 from .spec import PARTS_TILE_N as TILE_N
 
 PARTS = 7
 SHARED = 4  # parts of more than one block
-OF_TILE, OF_TILE_BITS = 52429, 22  # n // 80 == n * 52429 >> 22 for every n below 2^15
-
-
-class Rows:
-    """The mask rows of a list's blocks: where each starts, and its words, none for a block that is none."""
-
-    def __init__(self, starts, widths):
-        self.starts, self.widths = starts, widths
-
-
-@cute.jit
-def rows_of(mBits: cute.Tensor, mBlocks: cute.Tensor, number: Int32, blocks_q: Int32) -> Rows:
-    """Rows of list ``number``. Lists are counted through batch and heads, ceil(blocks_q / 3) to each."""
-    above = number // cute.ceil_div(blocks_q, PARTS_BLOCKS) * blocks_q
-    starts, widths = [], []
-    for i in cutlass.range_constexpr(PARTS_BLOCKS):
-        block = mBlocks[number, i]
-        # A mask may hold more than 2^31 words, so the address is 64-bit.
-        starts.append(Int64(above + block) * mBits.shape[1])
-        widths.append(mBits.shape[1] if block >= 0 and block < blocks_q else Int32(0))
-    return Rows(starts, widths)
-
-
-@cute.jit
-def words_of(mBits: cute.Tensor, rows, column: Int32) -> tuple:
-    """Word ``column`` of each row; zero past its end."""
-    words = cute.make_rmem_tensor((PARTS_BLOCKS,), Int32)
-    words.fill(0)
-    for i in cutlass.range_constexpr(PARTS_BLOCKS):
-        if column < rows.widths[i]:
-            words[i] = (mBits.iterator + rows.starts[i] + column).load()
-    return words[0], words[1], words[2]
 
 
 @cute.jit
@@ -136,18 +105,6 @@ class MeasureParts:
                     seen[part] += (total >> shift) & 0xFFFF
 
 
-@cute.jit
-def position_of(word: Int32, rank: Int32) -> Int32:
-    """Position of a word's ``rank``-th set bit, counted from 1."""
-    position, left = Int32(0), rank
-    for step in (16, 8, 4, 2, 1):
-        low = cute.arch.popc((word >> position) & ((1 << step) - 1))
-        if low < left:
-            position += step
-            left -= low
-    return position
-
-
 class WriteParts:
     """The lists themselves, and which tiles each block takes. Every element of both outputs is written."""
 
@@ -187,9 +144,7 @@ class WriteParts:
             rows = rows_of(mBits, mBlocks, number, blocks_q)
             self.write_part(mBits, mList, rows, part, mSums[number, None], lane)
         if index == 0 and number == mBlocks.shape[0] - 1:
-            end = mOffset[number] + Int64(mSums[number, PARTS_TILES]) * TILE_N
-            for i in cutlass.range(lane, Int32(mIds.shape[0] - end), WARP, unroll=1):
-                (mIds.iterator + (end + i)).store(Int32(0))
+            clear_ids(mIds, mOffset[number] + Int64(mSums[number, PARTS_TILES]) * TILE_N, lane)
 
     @cute.jit
     def list_places(self, part, sums: cute.Tensor, mMembers: cute.Tensor, number: Int32, lane: Int32):
@@ -234,23 +189,13 @@ class WriteParts:
                 rank += done - tile * TILE_N - count
                 place, _ = place_of(part, tile + lane)
                 shift = (place - lane) * TILE_N
-                below = Int32(cute.arch.lanemask_lt())
-                for j in cutlass.range_constexpr(WARP):
-                    together = cute.arch.shuffle_sync(word, j)
-                    before = cute.arch.shuffle_sync(rank, j) + cute.arch.popc(together & below)
-                    target = before + cute.arch.shuffle_sync(shift, (before * OF_TILE) >> OF_TILE_BITS)
-                    if (together >> lane) & 1 != 0:
-                        mList[target] = (base + j) * WORD_BITS + lane
-                if word != 0:
-                    last = (base + lane) * WORD_BITS + (WORD_BITS - 1) - Int32(cute.arch.clz(word))
+                write_words(mList, word, rank, shift, base, lane, TILE_N)
+                last = last_of(word, base + lane, last)
             done += total
         rest = done % TILE_N
         if rest > 0:  # of a block's last tile, which is filled up with the last key in it
-            for distance in cutlass.range_constexpr(5):
-                last = cutlass.max(last, cute.arch.shuffle_sync_bfly(last, 1 << distance))
             place, _ = place_of(part, done // TILE_N)
-            for cell in cutlass.range(rest + lane, TILE_N, WARP, unroll=1):
-                mList[place * TILE_N + cell] = last
+            fill_up(mList, place * TILE_N, rest, last, lane, TILE_N)
 
 
 class Part:
@@ -311,10 +256,3 @@ def word_of(part, words, sums: cute.Tensor, column: Int32) -> Int32:
     own = part.of_block(*words) & ~(shared[0] | shared[1] | shared[2] | shared[3])
     pair = cutlass.select_(part.index == 1, shared[1], cutlass.select_(part.index == 2, shared[2], shared[3]))
     return part.of_kind(shared[0], pair, own)
-
-
-@cute.jit
-def bits_below(bit: Int32) -> Int32:
-    """The bits of a word below ``bit``, none for a negative one and all from 32 on."""
-    mask = (Int32(1) << cutlass.min(cutlass.max(bit, 0), WORD_BITS - 1)) - 1
-    return Int32(-1) if bit >= WORD_BITS else mask

@@ -17,7 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from .spec import PARTS_KEYS, PARTS_PLACES, PARTS_ROUNDS
+from .spec import PARTS_AHEAD, PARTS_KEYS, PARTS_PLACES, PARTS_ROUNDS
 
 
 class Share:
@@ -30,12 +30,13 @@ class Share:
 class Parts:
     """One consumer warp's walk through lists in parts."""
 
-    def __init__(self, spec, pipes, order, mMembers, warpgroup_index):
+    def __init__(self, spec, pipes, order, mMembers, thread, warpgroup_index):
         self.spec = spec
         self.order = order
         _, self.pipe_k, self.pipe_v = pipes
         self.mMembers = mMembers  # (unions, union_blocks, PARTS_PLACES + places)
         self.warpgroup_index = warpgroup_index
+        self.quad_lane = thread % PARTS_AHEAD
         self.base = cute.make_rmem_tensor((1,), Int32)  # tiles before the list
         self.ahead = cute.make_rmem_tensor((1,), Int32)
 
@@ -49,7 +50,17 @@ class Parts:
 
     @cute.jit
     def read_ahead(self, union: Int32, tile: Int32):
-        self.ahead[0] = self.mMembers[union, self.warpgroup_index, PARTS_PLACES + tile]
+        """Reads the place of tile ``tile``, and in other lanes of tiles after it.
+
+        Were it the same in all lanes, ptxas would keep it in a uniform register, and a warp would wait for it as soon
+        as it has asked for it.
+        """
+        self.ahead[0] = self.mMembers[union, self.warpgroup_index, PARTS_PLACES + tile + self.quad_lane]
+
+    @cute.jit
+    def place(self) -> Int32:
+        """Where the tile read ahead stands."""
+        return self.base[0] + cute.arch.shuffle_sync(self.ahead[0], 0)
 
     @cute.jit
     def skip(self, share, it: Int32, tile: Int32) -> Int32:
@@ -57,7 +68,7 @@ class Parts:
 
         Past its last one: where others are when they begin theirs.
         """
-        place = self.base[0] + self.ahead[0]
+        place = self.place()
         self.read_ahead(share.union, tile + 1)
         return self.pass_over(it, place)
 

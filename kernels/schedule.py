@@ -25,7 +25,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from .ptx import mbarrier_wait
+from .ptx import mbarrier_wait, unsigned_divmod
 from .spec import WARPGROUP_THREADS
 
 
@@ -69,10 +69,10 @@ class Pipe:
         self.shift = stages.bit_length() - 1 if stages & (stages - 1) == 0 else None
 
     def slot(self, i: Int32):
-        return i % self.edge.stages if self.shift is None else i & (self.edge.stages - 1)
+        return unsigned_divmod(i, self.edge.stages)[1] if self.shift is None else i & (self.edge.stages - 1)
 
     def phase(self, i: Int32):
-        return (i // self.edge.stages if self.shift is None else i >> self.shift) & 1
+        return (unsigned_divmod(i, self.edge.stages)[0] if self.shift is None else i >> self.shift) & 1
 
     @cute.jit
     def init(self):
@@ -129,10 +129,10 @@ class Pipe:
         cute.arch.cp_async_mbarrier_arrive_noinc(self.full + self.slot(i))
 
     @cute.jit
-    def release(self, i: Int32):
-        """Consumer warp: item ``i`` has been read."""
+    def release(self, i: Int32, arrivals=1):
+        """Consumer warp: item ``i`` has been read. arrivals: more than one for warps that do not read it as well."""
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.empty + self.slot(i))
+            cute.arch.mbarrier_arrive(self.empty + self.slot(i), arrive_count=arrivals)
 
 
 def make_pipes(spec, barriers) -> tuple:

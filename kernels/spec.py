@@ -17,11 +17,15 @@ SCHEDULERS = ("grid", "persistent", "zigzag")
 REFERENCE_SCALINGS = ("once", "per_tile")
 PROXY_FENCES = ("producer", "consumer")
 KV_LOADS = ("gather", "boxes", "runs", "octets")
-UNION_LISTS = ("bits", "parts")
+UNION_LISTS = ("bits", "halves", "parts")
 # Lists in parts: blocks that share one, keys of a tile (the plan is laid out in tiles), and what a block's row of its
 # members holds: keys of the block, tiles of the block that has most, and the places of the block's tiles.
 PARTS_BLOCKS, PARTS_TILE_N, PARTS_STAGES = 3, 80, 4
 PARTS_KEYS, PARTS_ROUNDS, PARTS_PLACES = 0, 1, 2
+PARTS_AHEAD = 4  # tiles of which the lanes of a warp read the places together, from the next one on
+# Unions in halves: warpgroups that share a list, their rows, keys of a tile (the plan is laid out in tiles), fewest
+# stages, and words of members for each of a half's tiles: where it is in the list, and then its keep-bits.
+HALVES, HALVES_ROWS, HALVES_TILE_N, HALVES_STAGES, HALVES_TILE_WORDS = 2, 128, 128, 3, 5
 
 SMEM_LIMIT_BYTES = 232_448  # opt-in shared memory of one CTA on sm_90 (227 KiB)
 SMEM_PER_SM_BYTES = 233_472  # 228 KiB, of which the driver reserves 1 KiB per resident CTA
@@ -45,6 +49,15 @@ CONSUMER_OVERHEAD_REGISTERS = 28
 # setmaxnreg budgets (consumer, producer) by (consumer warpgroups, CTAs per SM). Every SM sub-partition holds one warp
 # of each warpgroup, so warpgroups * consumer + producer must stay within 512 / CTAs per SM registers of a lane.
 _DEFAULT_REGISTERS = {(1, 1): (240, 56), (2, 1): (224, 56), (3, 1): (160, 32), (1, 2): (200, 56)}
+
+
+def halves_start(number, list_start):
+    """Row of members in which those of a union in halves begin, with the keys of either half.
+
+    Args:
+        number: of the list, list_start: its first id. Numbers on the host or in a kernel, or tensors.
+    """
+    return list_start // HALVES_TILE_N * HALVES_TILE_WORDS + 2 * number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,6 +201,11 @@ class FwdSpec:
         return self.union_lists == "parts"
 
     @property
+    def halves(self) -> bool:
+        """Whether either of two warpgroups has tiles of its own in a union's list."""
+        return self.union_lists == "halves"
+
+    @property
     def keep_bits(self) -> bool:
         """Whether a bit of every key in the list tells which of the blocks keep it."""
         return self.union_blocks > 1 and not self.parts
@@ -287,6 +305,22 @@ class FwdSpec:
                 f"a union needs tile_n {UNION_TILES_N[1]} or {UNION_TILES_N[0]}, not {self.tile_n}: "
                 "a thread's keep-bits are a word of the plan's or half of one",
             )
+        if self.halves:
+            need(
+                self.consumer_warpgroups == HALVES and self.union_blocks % HALVES == 0,
+                f"unions in halves are of {HALVES} warpgroups and as many blocks to each, not of "
+                f"{self.consumer_warpgroups} and {self.union_blocks} blocks",
+            )
+            need(self.slice_n == 1, f"unions in halves hold keys, not segments of {self.slice_n}")
+            need(
+                self.tile_n == HALVES_TILE_N, f"unions in halves have tiles of {HALVES_TILE_N} keys, not {self.tile_n}"
+            )
+            need(
+                self.kv_stages >= HALVES_STAGES,
+                f"unions in halves need {HALVES_STAGES} kv_stages for the tiles that a half passes over, "
+                f"not {self.kv_stages}",
+            )
+            need(not self.ping_pong, "ping_pong: the warpgroups of a union in halves have no turns")
         if self.kv_loads != "gather":
             need(
                 self.kv_loads != "octets" or self.slice_n == 1,
@@ -376,7 +410,7 @@ class FwdSpec:
         parts += ["pers"] * (self.scheduler == "persistent") + ["zigzag"] * (self.scheduler == "zigzag")
         parts += [f"c{self.ctas_per_sm}"] * (self.ctas_per_sm > 1) + ["pp"] * self.ping_pong
         parts += ["tscale"] * (self.scale_reference == "per_tile")
-        parts += [f"u{self.union_blocks}"] * (self.union_blocks > 1) + ["parts"] * self.parts
+        parts += [f"u{self.union_blocks}"] * (self.union_blocks > 1) + [self.union_lists] * (self.union_lists != "bits")
         parts += [self.kv_loads] * (self.kv_loads != "gather")
         parts += ["cfence"] * (self.proxy_fence == "consumer") + ["redo"] * self.redo
         return "_".join(parts)

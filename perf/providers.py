@@ -53,18 +53,23 @@ def timed(make: Callable[[], object], device: torch.device) -> tuple[object, flo
 
 
 def ours(case: Case, x: Inputs) -> Prepared:
-    """fgattn_cute with the kernel that a call takes; planning is Plan.from_mask and the work order."""
-    return _ours(fg.Plan, case, x)
+    """fgattn_cute with lists of the blocks' own; planning is Plan.from_mask and the work order."""
+    return _ours(fg.Plan.from_mask, case, x)
+
+
+def ours_best(case: Case, x: Inputs) -> Prepared:
+    """fgattn_cute as a call with the mask runs it: the plan that the cost model picks, and picking it."""
+    return _ours(fg.best_plan, case, x)
 
 
 def ours_union(case: Case, x: Inputs) -> Prepared:
     """fgattn_cute with query blocks that share the gathered union of their keys; planning is UnionPlan.from_mask."""
-    return _ours(fg.UnionPlan, case, x)
+    return _ours(fg.UnionPlan.from_mask, case, x)
 
 
-def _ours(kind, case: Case, x: Inputs) -> Prepared:
+def _ours(maker, case: Case, x: Inputs) -> Prepared:
     def make():
-        plan = kind.from_mask(x.mask)
+        plan = maker(x.mask)
         plan.work(1, case.heads)
         return plan
 
@@ -213,6 +218,7 @@ def _first(result):
 
 PROVIDERS: dict[str, Callable[[Case, Inputs], Prepared]] = {
     "ours": ours,
+    "ours-best": ours_best,
     "ours-union": ours_union,
     "fa4-dense": fa4_dense,
     "sdpa-cudnn": _sdpa("CUDNN_ATTENTION"),

@@ -98,7 +98,7 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 def describe(case: Case) -> dict:
     """The case and the machine, as every record carries them."""
-    fields = ("name", "seqlen", "heads", "head_dim", "density", "slice_m", "slice_n")
+    fields = ("name", "seqlen", "heads", "head_dim", "density", "slice_m", "slice_n", "factor")
     return {"kind": "attention", **{name: getattr(case, name) for name in fields}}
 
 
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--workload", nargs="*", default=[])
     parser.add_argument("--density", nargs="*", type=float, default=[])
     parser.add_argument("--slice", nargs="*", default=[], help="192x1 ...")
+    parser.add_argument("--factor", nargs="*", type=float, default=[None], help="union factors; default: random masks")
     parser.add_argument("--provider", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so long")
@@ -175,7 +176,7 @@ def main() -> None:
     chosen = {name: PROVIDERS[name] for name in options.provider}
     write(options.out, iter([environment()]), lambda said: None)
     timer, started = CudaTimer(), time.monotonic()
-    for case in cases(options.workload, options.density, slices):
+    for case in cases(options.workload, options.density, slices, options.factor):
         if time.monotonic() - started > 60 * options.minutes:
             print("time is up; what is missing is missing", file=sys.stderr)
             break

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from perf.compare import load
 
-OURS = ("ours", "ours-union")
+OURS = ("ours", "ours-best", "ours-union")
 
 
 def rows(found: dict[tuple, dict[str, dict]], names: list[str], ours: str | None = None) -> list[list[str]]:

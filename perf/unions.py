@@ -23,20 +23,20 @@ import torch
 
 import fgattn_cute as fg
 from fgattn_cute import gpu as gpus
-from fgattn_cute import parts, roofline, select, workers
+from fgattn_cute import roofline, select, workers
 from fgattn_cute.errors import FgAttnError
-from fgattn_cute.kernels.spec import WGMMA_ROWS
-from fgattn_cute.plan_choice import OWN, PARTS, price, ways
+from fgattn_cute.kernels.spec import HALVES_ROWS, WGMMA_ROWS
+from fgattn_cute.plan_choice import IN_HALVES, OWN, PARTS, expected, price, ways
 from fgattn_cute.timing import CudaTimer, Timer
 from fgattn_cute.unions import UnionPlan, rows_for
 from perf.roofline import problem
 from perf.run import MAX_RELATIVE_ERROR, clocks, environment, write
+from perf.workloads import pool_mask
 
 SLICES = (16, 32, 48, 64, 96)
 FACTORS = (1.05, 1.5, 2.0, 3.0)
 TABLE_FACTORS = (1.05, 1.5, 2.0, 3.0, 4.0, 6.0)
 TABLE_DENSITIES = (0.1, 0.2, 0.3, 0.5)
-POOL_ROWS = 384
 # Useful TFLOPS of a prototype on one H200 (2026-11-23), S = 16,128 to 16,384, 30 % density, head_dim 128, bf16, unions
 # of 128 rows, fixed_ref: (slice_m, union factor) -> rate.
 PROTOTYPE = {
@@ -50,50 +50,6 @@ PROTOTYPE = {
 }
 
 
-# ---- masks with a union factor that is set --------------------------------------------------------------------------
-def share_of_pool(factor: float, blocks: int) -> float:
-    """Fraction of a common pool that each block must keep, at random, for ``blocks`` of them to have a union factor.
-
-    The union of n blocks that each keep a share p of a pool is 1 - (1 - p)^n of it.
-
-    Raises:
-        ValueError: no share does, because even disjoint blocks have a smaller factor.
-    """
-    if not 1 <= factor < blocks:
-        raise ValueError(f"{blocks} blocks have a union factor from 1 to {blocks}, not {factor}")
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        share = (low + high) / 2
-        if share == 0 or (1 - (1 - share) ** blocks) / share > factor:
-            low = share
-        else:
-            high = share
-    return high
-
-
-def pool_mask(
-    slice_m: int, factor: float, *, seqlen: int, heads: int, density: float, device="cpu", seed: int = 0
-) -> fg.SliceMask:
-    """A mask of slice_n = 1 whose unions of ``rows_for(slice_m)[0]`` rows have a union factor.
-
-    Raises:
-        ValueError: the pool would be larger than the sequence, or see ``share_of_pool``.
-    """
-    share = share_of_pool(factor, rows_for(slice_m)[0] // slice_m)
-    if density > share:
-        raise ValueError(f"at density {density} random blocks already have a smaller factor than {factor}")
-    generator = torch.Generator(device).manual_seed(seed)
-    blocks, group = -(-seqlen // slice_m), POOL_ROWS // slice_m
-    masks = []  # a head at a time: the dense form of a whole mask would fill the memory
-    for _ in range(heads):
-        pool = torch.rand(-(-blocks // group), seqlen, generator=generator, device=device) < density / share
-        keep = torch.rand(blocks, seqlen, generator=generator, device=device) < share
-        keep &= pool.repeat_interleave(group, 0)[:blocks]
-        geometry = {"slice_m": slice_m, "slice_n": 1, "seqlen_q": seqlen, "seqlen_k": seqlen}
-        masks.append(fg.SliceMask.from_dense(keep[None, None], **geometry))
-    return dataclasses.replace(masks[0], bits=torch.cat([mask.bits for mask in masks], dim=1))
-
-
 # ---- measuring ------------------------------------------------------------------------------------------------------
 def providers(slice_m: int) -> dict:
     """Name -> mask -> plan: every exact way to run a mask."""
@@ -102,6 +58,8 @@ def providers(slice_m: int) -> dict:
         ways[f"unions of {rows} rows"] = functools.partial(UnionPlan.from_mask, rows=rows)
     if slice_m == WGMMA_ROWS:
         ways[PARTS] = fg.PartsPlan.from_mask
+    elif HALVES_ROWS % slice_m == 0:
+        ways[IN_HALVES] = fg.HalvesPlan.from_mask
     return ways
 
 
@@ -112,7 +70,7 @@ def compile_ahead(slices, seqlen: int, heads: int, head_dim: int, gpu: gpus.Gpu)
         asked = problem(seqlen, heads, head_dim, slice_m)
         for blocks in (1, *(rows // slice_m for rows in rows_for(slice_m))):
             specs.add(select.select(dataclasses.replace(asked, union_blocks=blocks), gpu).spec)
-        specs |= {select.select(way.asked(asked), gpu).spec for way in ways(slice_m, 1, False) if way.lists == "parts"}
+        specs |= {select.select(way.asked(asked), gpu).spec for way in ways(slice_m, 1, False) if way.lists != "bits"}
     specs |= {spec.redo_spec() for spec in specs if spec.softmax == "fixed_ref"}
     for outcome in workers.compile_all(list(specs)):
         if outcome.error:
@@ -190,11 +148,10 @@ def table(seqlen: int = 16384, heads: int = 24, head_dim: int = 128) -> str:
                     cells.append("-")  # no such mask
                     continue
                 kinds = ways(slice_m, 1, coarser=False)
-                priced = {way: factor if way.blocks > 1 and way.lists == "bits" else 1.0 for way in kinds}
-                loads = parts.expected_loads(factor, density * seqlen)
-                option = price(problem(seqlen, heads, head_dim, slice_m), gpu, density, priced, loads).option
+                asked = problem(seqlen, heads, head_dim, slice_m)
+                option = price(asked, gpu, density, *expected(kinds, factor, density * seqlen)).option
                 ms = 1e3 * option.seconds
-                kind = {OWN: "own", PARTS: "parts"}.get(option.name, f"u{option.rows}")
+                kind = {OWN: "own", PARTS: "parts", IN_HALVES: "halves"}.get(option.name, f"u{option.rows}")
                 cells.append(f"{kind} {ms:.2f} ({dense_ms / ms:.1f} x)")
             lines.append(f"| {density:.0%} | {slice_m} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -11,13 +11,19 @@ import torch
 import yaml
 
 from fgattn_cute import Plan, SliceMask
+from fgattn_cute.plan_choice import share_of_pool
+from fgattn_cute.unions import rows_for
 
 FILE = Path(__file__).parent / "workloads.yaml"
+POOL_ROWS = 384
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One workload at one density and one slice shape."""
+    """One workload at one density and one slice shape.
+
+    factor: union factor of the masks, see ``pool_mask``; None where every block keeps keys at random.
+    """
 
     name: str
     seqlen: int
@@ -26,6 +32,7 @@ class Case:
     density: float
     slice_m: int
     slice_n: int
+    factor: float | None = None
 
     @property
     def effective_flops(self) -> int:
@@ -37,6 +44,10 @@ class Case:
         generator = torch.Generator(device).manual_seed(seed)
         shape = (1, self.seqlen, self.heads, self.head_dim)
         q, k, v = (torch.randn(shape, generator=generator, device=device).bfloat16() for _ in range(3))
+        if self.factor is not None:
+            sizes = {"seqlen": self.seqlen, "heads": self.heads, "density": self.density}
+            mask = pool_mask(self.slice_m, self.factor, **sizes, device=device, seed=seed)
+            return Inputs(q, k, v, mask, Plan.from_mask(mask))
         blocks, columns = -(-self.seqlen // self.slice_m), -(-self.seqlen // self.slice_n)
         masks = []  # a head at a time: the dense form of a whole mask would fill the memory
         for _ in range(self.heads):
@@ -59,13 +70,38 @@ class Inputs:
     plan: Plan
 
 
+def pool_mask(
+    slice_m: int, factor: float, *, seqlen: int, heads: int, density: float, device="cpu", seed: int = 0
+) -> SliceMask:
+    """A mask of slice_n = 1 whose unions of ``rows_for(slice_m)[0]`` rows have a union factor.
+
+    Raises:
+        ValueError: the pool would be larger than the sequence, or see ``share_of_pool``.
+    """
+    share = share_of_pool(factor, rows_for(slice_m)[0] // slice_m)
+    if density > share:
+        raise ValueError(f"at density {density} random blocks already have a smaller factor than {factor}")
+    generator = torch.Generator(device).manual_seed(seed)
+    blocks, group = -(-seqlen // slice_m), POOL_ROWS // slice_m
+    masks = []  # a head at a time: the dense form of a whole mask would fill the memory
+    for _ in range(heads):
+        pool = torch.rand(-(-blocks // group), seqlen, generator=generator, device=device) < density / share
+        keep = torch.rand(blocks, seqlen, generator=generator, device=device) < share
+        keep &= pool.repeat_interleave(group, 0)[:blocks]
+        geometry = {"slice_m": slice_m, "slice_n": 1, "seqlen_q": seqlen, "seqlen_k": seqlen}
+        masks.append(SliceMask.from_dense(keep[None, None], **geometry))
+    return dataclasses.replace(masks[0], bits=torch.cat([mask.bits for mask in masks], dim=1))
+
+
 def slice_keys(file: Path = FILE) -> list[int]:
     """slice_n of the file's slice shapes, each once, ascending: what kernels are compiled for."""
     return sorted({n for _, n in yaml.safe_load(file.read_text())["slices"]})
 
 
-def cases(names=(), densities=(), slices=(), file: Path = FILE) -> list[Case]:
+def cases(names=(), densities=(), slices=(), factors=(None,), file: Path = FILE) -> list[Case]:
     """All combinations, most valuable first: slices vary slowest, workloads fastest. Empty selections mean all.
+
+    factors: union factors of the masks.
 
     Raises:
         ValueError: a name that the file does not have.
@@ -78,6 +114,13 @@ def cases(names=(), densities=(), slices=(), file: Path = FILE) -> list[Case]:
     chosen = [known[name] for name in names] if names else data["workloads"]
     shapes = list(slices) or [tuple(pair) for pair in data["slices"]]
     return [
-        Case(**entry, density=density, slice_m=m, slice_n=n)
-        for (m, n), density, entry in itertools.product(shapes, list(densities) or data["densities"], chosen)
+        Case(**entry | {"name": _named(entry["name"], factor)}, density=density, slice_m=m, slice_n=n, factor=factor)
+        for (m, n), factor, density, entry in itertools.product(
+            shapes, factors, list(densities) or data["densities"], chosen
+        )
     ]
+
+
+def _named(name: str, factor: float | None) -> str:
+    """A workload with other masks is another one."""
+    return name if factor is None else f"{name} (union factor {factor:g})"

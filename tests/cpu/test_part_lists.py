@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import fgattn_cute as fg
 from fgattn_cute import compile as compiler
 from fgattn_cute import cubin, device_masks, emulator, part_lists
-from fgattn_cute.kernels.mask_spec import PARTS_MAX_COLUMNS, PartListSpec
+from fgattn_cute.kernels.mask_spec import SHARED_MAX_COLUMNS, PartListSpec
 from fgattn_cute.kernels.spec import PARTS_TILE_N as TILE
 
 INTS = st.integers
@@ -105,10 +105,10 @@ def test_counts_alone_are_the_same():
 
 def test_sequences_whose_tiles_would_not_count_in_32_bits_take_torch(monkeypatch):
     monkeypatch.setattr(device_masks, "measure_parts", lambda *_: pytest.fail("the kernel was launched"))
-    geometry = {"slice_m": 64, "slice_n": 1, "seqlen_q": 64, "seqlen_k": PARTS_MAX_COLUMNS + 1}
+    geometry = {"slice_m": 64, "slice_n": 1, "seqlen_q": 64, "seqlen_k": SHARED_MAX_COLUMNS + 1}
     plan = fg.PartsPlan.from_mask(fg.SliceMask.full(**geometry), backend="emulator")
-    assert plan.kept_keys().tolist() == [[PARTS_MAX_COLUMNS + 1, 0, 0]]
-    tiles = PARTS_MAX_COLUMNS // TILE + 1
+    assert plan.kept_keys().tolist() == [[SHARED_MAX_COLUMNS + 1, 0, 0]]
+    tiles = SHARED_MAX_COLUMNS // TILE + 1
     assert 2 * (tiles // 2 + 1) ** 2 < 2**31, "the largest product, of two kinds that share the tiles"
 
 

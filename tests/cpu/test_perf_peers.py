@@ -32,6 +32,8 @@ def test_unions_are_a_provider_where_they_exist():
     expected = fg.reference.attention(x.q, x.k, x.v, x.plan)
     assert "u4" in found.note or "union" in found.note
     assert float((found.call().float() - expected).norm() / expected.norm()) < 1e-2
+    best = providers.ours_best(case, x)
+    assert float((best.call().float() - expected).norm() / expected.norm()) < 1e-2 and best.plan_ms > 0
     wide = Case("small", seqlen=256, heads=2, head_dim=64, density=0.3, slice_m=128, slice_n=1)
     with pytest.raises(fg.PlanError, match="slice_m 128"):
         providers.ours_union(wide, wide.inputs("cpu"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fgattn_cute.plan_choice import share_of_pool
 from fgattn_cute.timing import Samples
 from fgattn_cute.unions import UnionPlan
 from perf import unions
@@ -12,10 +13,10 @@ from perf import unions
 
 def test_two_blocks_with_half_of_a_pool_each():
     """Two blocks keep half of a pool at random: together 1 - 1/4 of it, 1.5 times what one keeps."""
-    assert unions.share_of_pool(1.5, 2) == pytest.approx(0.5)
-    assert unions.share_of_pool(1.0, 8) == pytest.approx(1.0)
+    assert share_of_pool(1.5, 2) == pytest.approx(0.5)
+    assert share_of_pool(1.0, 8) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="from 1 to 2, not 2"):
-        unions.share_of_pool(2, 2)
+        share_of_pool(2, 2)
 
 
 @pytest.mark.parametrize(("slice_m", "factor"), [(16, 1.05), (16, 3.0), (32, 1.88), (48, 2.0), (64, 1.5), (96, 1.4)])
@@ -32,7 +33,12 @@ def test_a_factor_beyond_that_of_random_blocks_is_refused():
 
 def test_records_count_useful_and_executed_flops():
     mask = unions.pool_mask(32, 1.5, seqlen=768, heads=2, density=0.3)
-    milliseconds = {"own lists": 0.002, "unions of 128 rows": 0.001, "unions of 192 rows": 0.004}
+    milliseconds = {
+        "own lists": 0.002,
+        "unions of 128 rows": 0.001,
+        "unions of 192 rows": 0.004,
+        "unions in halves": 0.003,
+    }
 
     def timer(calls, rounds):
         return [Samples((1e-3 * ms,) * rounds) for ms, _ in zip(milliseconds.values(), calls, strict=True)]
@@ -44,6 +50,7 @@ def test_records_count_useful_and_executed_flops():
         rate = flops / milliseconds[name] / 1e9
         assert record["useful_tflops"] == pytest.approx(rate, abs=0.06)
         assert record["executed_tflops"] == pytest.approx(rate * record["union_factor"], abs=0.06)
+    assert records["unions in halves"]["kernel"].endswith("u4_halves")
     assert records["own lists"]["union_factor"] == 1.0 and "_u4" in records["unions of 128 rows"]["kernel"]
 
 

@@ -16,20 +16,19 @@ It has not, because the plan puts no more than ``HALVES_STAGES - 1`` others betw
 one that has landed have landed.
 """
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from .parts import Share
-from .spec import HALVES_TILE_WORDS, PARTS_AHEAD, halves_start
+from .schedule import NamedBarrier
+from .spec import HALVES, HALVES_TILE_WORDS, PARTS_AHEAD, WARPGROUP_THREADS, halves_start
 
 
 class Halves:
     """One consumer warp's walk through unions in halves."""
 
-    def __init__(self, spec, pipes, mMembers, thread, half):
+    def __init__(self, spec, mMembers, thread, half):
         self.spec = spec
-        _, self.pipe_k, self.pipe_v = pipes
         self.mMembers = mMembers  # (words, union_blocks)
         self.half = half
         self.quad_lane = thread % PARTS_AHEAD
@@ -69,13 +68,11 @@ class Halves:
 
     @cute.jit
     def finish(self, share, it: Int32) -> Int32:
-        """Where the list ends, seen from tile ``it``, the first that this half has not looked at.
+        """Where the list ends.
 
-        Before another list, the slots' phases must be seen as they pass.
+        In a CTA of several lists the halves wait for each other here. So when a half begins the next list, no slot has
+        been filled twice since it last looked: of that list no more than one tile to a slot can have been loaded.
         """
-        end = self.base[0] + share.end
-        if const_expr(self.spec.scheduler != "grid"):
-            for i in cutlass.range(it, end, unroll=1):
-                self.pipe_k.wait(i)
-                self.pipe_v.wait(i)
-        return end
+        if const_expr(self.spec.scheduler == "persistent"):
+            cute.arch.barrier(barrier_id=int(NamedBarrier.LIST), number_of_threads=HALVES * WARPGROUP_THREADS)
+        return self.base[0] + share.end

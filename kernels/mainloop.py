@@ -54,7 +54,7 @@ class Mainloop:
         if const_expr(spec.parts):
             self.parts = Parts(spec, pipes, self.order, mMembers, thread, warpgroup_index)
         elif const_expr(spec.halves):
-            self.parts = self.halves = Halves(spec, pipes, mMembers, thread, warpgroup_index)
+            self.parts = self.halves = Halves(spec, mMembers, thread, warpgroup_index)
         if const_expr(spec.keep_bits):
             self.keep = KeepBits(spec, mMembers, thread, warpgroup_index, self.halves)
         self.softmax = Softmax(spec, scale_log2, self.keep)

@@ -30,9 +30,10 @@ from .spec import WARPGROUP_THREADS
 
 
 class NamedBarrier(enum.IntEnum):
-    """Hardware barrier ids; 0 is ``__syncthreads``. ORDER: one id per consumer warpgroup from here on."""
+    """Hardware barrier ids; 0 is ``__syncthreads``. ORDER: one id per consumer warpgroup from here on. LIST: of the
+    halves of a union, which have no order."""
 
-    ORDER = 1
+    ORDER = LIST = 1
 
 
 class Edge(NamedTuple):

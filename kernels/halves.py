@@ -73,6 +73,6 @@ class Halves:
         In a CTA of several lists the halves wait for each other here. So when a half begins the next list, no slot has
         been filled twice since it last looked: of that list no more than one tile to a slot can have been loaded.
         """
-        if const_expr(self.spec.scheduler == "persistent"):
+        if const_expr(self.spec.takes_several):
             cute.arch.barrier(barrier_id=int(NamedBarrier.LIST), number_of_threads=HALVES * WARPGROUP_THREADS)
         return self.base[0] + share.end

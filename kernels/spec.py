@@ -281,46 +281,7 @@ class FwdSpec:
             f"tile_n {self.tile_n} is not a multiple of {step} up to {MAX_TILE_N} (head_dim {self.head_dim} copies "
             f"{self.row_groups} rows at a time)",
         )
-        if self.parts:
-            blocks, groups = self.union_blocks, self.consumer_warpgroups
-            need(
-                blocks == groups == PARTS_BLOCKS,
-                f"lists in parts are of {PARTS_BLOCKS} blocks, one to a warpgroup, not {blocks} to {groups}",
-            )
-            need(self.tile_n == PARTS_TILE_N, f"lists in parts have tiles of {PARTS_TILE_N} keys, not {self.tile_n}")
-            # A warpgroup holds V of its last tile until K of its next one lands, with a tile of every other in between.
-            need(
-                self.kv_stages >= PARTS_BLOCKS,
-                f"lists in parts of {PARTS_BLOCKS} blocks need as many kv_stages, not {self.kv_stages}",
-            )
-            need(self.slice_n == 1, f"lists in parts hold keys, not segments of {self.slice_n}")
-        elif self.union_blocks > 1:
-            rows, rest = divmod(self.tile_m, self.union_blocks)
-            need(
-                rest == 0 and rows % WARP_ROWS == 0,
-                f"union_blocks {self.union_blocks} does not split tile_m {self.tile_m} into blocks of a multiple of 16",
-            )
-            need(
-                self.tile_n in UNION_TILES_N,
-                f"a union needs tile_n {UNION_TILES_N[1]} or {UNION_TILES_N[0]}, not {self.tile_n}: "
-                "a thread's keep-bits are a word of the plan's or half of one",
-            )
-        if self.halves:
-            need(
-                self.consumer_warpgroups == HALVES and self.union_blocks % HALVES == 0,
-                f"unions in halves are of {HALVES} warpgroups and as many blocks to each, not of "
-                f"{self.consumer_warpgroups} and {self.union_blocks} blocks",
-            )
-            need(self.slice_n == 1, f"unions in halves hold keys, not segments of {self.slice_n}")
-            need(
-                self.tile_n == HALVES_TILE_N, f"unions in halves have tiles of {HALVES_TILE_N} keys, not {self.tile_n}"
-            )
-            need(
-                self.kv_stages >= HALVES_STAGES,
-                f"unions in halves need {HALVES_STAGES} kv_stages for the tiles that a half passes over, "
-                f"not {self.kv_stages}",
-            )
-            need(not self.ping_pong, "ping_pong: the warpgroups of a union in halves have no turns")
+        self._judge_sharing(need)
         if self.kv_loads != "gather":
             need(
                 self.kv_loads != "octets" or self.slice_n == 1,
@@ -370,6 +331,49 @@ class FwdSpec:
             f"{self.ctas_per_sm} CTAs per SM need {per_sm} bytes of shared memory, an SM has {SMEM_PER_SM_BYTES}",
         )
         return why
+
+    def _judge_sharing(self, need):
+        """``need(ok, sentence)`` for what blocks that share a list ask of the rest."""
+        if self.parts:
+            blocks, groups = self.union_blocks, self.consumer_warpgroups
+            need(
+                blocks == groups == PARTS_BLOCKS,
+                f"lists in parts are of {PARTS_BLOCKS} blocks, one to a warpgroup, not {blocks} to {groups}",
+            )
+            need(self.tile_n == PARTS_TILE_N, f"lists in parts have tiles of {PARTS_TILE_N} keys, not {self.tile_n}")
+            # A warpgroup holds V of its last tile until K of its next one lands, with a tile of every other in between.
+            need(
+                self.kv_stages >= PARTS_BLOCKS,
+                f"lists in parts of {PARTS_BLOCKS} blocks need as many kv_stages, not {self.kv_stages}",
+            )
+            need(self.slice_n == 1, f"lists in parts hold keys, not segments of {self.slice_n}")
+        elif self.union_blocks > 1:
+            rows, rest = divmod(self.tile_m, self.union_blocks)
+            need(
+                rest == 0 and rows % WARP_ROWS == 0,
+                f"union_blocks {self.union_blocks} does not split tile_m {self.tile_m} into blocks of a multiple of 16",
+            )
+            need(
+                self.tile_n in UNION_TILES_N,
+                f"a union needs tile_n {UNION_TILES_N[1]} or {UNION_TILES_N[0]}, not {self.tile_n}: "
+                "a thread's keep-bits are a word of the plan's or half of one",
+            )
+        if self.halves:
+            need(
+                self.consumer_warpgroups == HALVES and self.union_blocks % HALVES == 0,
+                f"unions in halves are of {HALVES} warpgroups and as many blocks to each, not of "
+                f"{self.consumer_warpgroups} and {self.union_blocks} blocks",
+            )
+            need(self.slice_n == 1, f"unions in halves hold keys, not segments of {self.slice_n}")
+            need(
+                self.tile_n == HALVES_TILE_N, f"unions in halves have tiles of {HALVES_TILE_N} keys, not {self.tile_n}"
+            )
+            need(
+                self.kv_stages >= HALVES_STAGES,
+                f"unions in halves need {HALVES_STAGES} kv_stages for the tiles that a half passes over, "
+                f"not {self.kv_stages}",
+            )
+            need(not self.ping_pong, "ping_pong: the warpgroups of a union in halves have no turns")
 
     # ---- derived specs --------------------------------------------------------------------------------------------
     def redo_spec(self) -> "FwdSpec":

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import cache, presets, settings, workers
 from .errors import CompileError
 from .kernels import copy_spec
-from .kernels.mask_spec import COMPACT_STEPS, SHARED_LIST_STEPS, CompactSpec, MemberSpec, PartListSpec
+from .kernels.mask_spec import COMPACT_STEPS, SHARED_LIST_STEPS, CompactSpec, HalfListSpec, MemberSpec, PartListSpec
 from .kernels.spec import FwdSpec
 from .settings import log
 
@@ -111,7 +111,7 @@ def specs_of(gpu: str, slice_n: Iterable[int] = (1,), dtypes=None, head_dims=Non
 
 def unions_of(specs: Iterable[FwdSpec]) -> list:
     """The kernels by which blocks of 16 to 96 queries share the lists of these; redo passes, and what makes plans."""
-    from .select import for_parts, for_union
+    from .select import for_halves, for_parts, for_union
     from .unions import rows_for
 
     found: dict = {}
@@ -120,17 +120,25 @@ def unions_of(specs: Iterable[FwdSpec]) -> list:
             union = for_union(spec, spec.tile_m // slice_m)
             if union.reasons():
                 continue
-            found[union] = found[MemberSpec(union_blocks=union.union_blocks)] = None
-            if union.softmax == "fixed_ref":
-                found[union.redo_spec()] = None
+            _with_redo(found, union)
+            found[MemberSpec(union_blocks=union.union_blocks)] = None
+            halves = for_halves(union)
+            if not halves.reasons():
+                _with_redo(found, halves)
+                made_by = (HalfListSpec(step=step, union_blocks=union.union_blocks) for step in SHARED_LIST_STEPS)
+                found.update(dict.fromkeys(made_by))
     for spec in specs:
         shared = for_parts(spec)
         if not spec.redo and not shared.reasons():
-            found[shared] = None
+            _with_redo(found, shared)
             found.update(dict.fromkeys(PartListSpec(step=step) for step in SHARED_LIST_STEPS))
-            if shared.softmax == "fixed_ref":
-                found[shared.redo_spec()] = None
     return list(found)
+
+
+def _with_redo(found: dict, spec: FwdSpec) -> None:
+    found[spec] = None
+    if spec.softmax == "fixed_ref":
+        found[spec.redo_spec()] = None
 
 
 def helpers() -> list:

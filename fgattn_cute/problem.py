@@ -24,7 +24,7 @@ class Problem:
     slice_m, slice_n: the plan's slices.
     plan_batch, plan_heads: what the plan stores; 1 means shared.
     union_blocks: query blocks that share a list; 1 for a Plan.
-    union_lists: "parts" for a PartsPlan, else "bits", as FwdSpec has it.
+    union_lists: "parts" for a PartsPlan, "halves" for a HalvesPlan, else "bits", as FwdSpec has it.
     density_bucket: minus log2 of the kept fraction, rounded down, as the plan's allocation tells it without asking the
         device. None where that is not known.
     nearly_full: whether eight ninths of all segments or more are kept, as the allocation tells it.

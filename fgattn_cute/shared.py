@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SharedLists: what plans have in common whose query blocks share a CTA and a list. See unions.py and parts.py."""
+"""SharedLists: what plans have in common whose query blocks share a CTA and a list: unions.py, halves.py, parts.py."""
 
 from __future__ import annotations
 

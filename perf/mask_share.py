@@ -31,10 +31,9 @@ def parts(case: Case, x: Inputs) -> dict[str, Callable[[], object]]:
     """What is timed, by name; "attention" is the call that the others are held against.
 
     "bits": a dense bool mask to bits. "lists": bits to lists of known room, and their order of work. "unions": the same
-    for a UnionPlan, which takes the place of the lists at slices of 16 and 32 queries. "lists in parts": the same for a
-    PartsPlan, at 64. "mass": the predictor with
-    a budget, all by itself; "mass, lse known": the same with the row sums of an attention before. "pooled": its
-    cheaper stand-in.
+    for a UnionPlan, which takes the place of the lists at slices of 16 and 32 queries, and "unions in halves" for a
+    HalvesPlan. "lists in parts": the same for a PartsPlan, at 64. "mass": the predictor with a budget, all by itself;
+    "mass, lse known": the same with the row sums of an attention before. "pooled": its cheaper stand-in.
     """
     geometry = {"slice_m": case.slice_m, "slice_n": case.slice_n, "seqlen_q": case.seqlen, "seqlen_k": case.seqlen}
     if case.slice_m in UNION_SLICES:
@@ -42,6 +41,7 @@ def parts(case: Case, x: Inputs) -> dict[str, Callable[[], object]]:
         return {
             "attention": lambda: fg.attention(x.q, x.k, x.v, unions),
             "unions": lambda: fg.UnionPlan.from_mask(x.mask).work(1, case.heads),
+            "unions in halves": lambda: fg.HalvesPlan.from_mask(x.mask).work(1, case.heads),
         }
     if case.slice_m == WGMMA_ROWS:
         shared = fg.PartsPlan.from_mask(x.mask)

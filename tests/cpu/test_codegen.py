@@ -6,6 +6,7 @@ A tile of keys is handled at three places of the code: the first tile, the stead
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from fgattn_cute import compile as compiler
 from fgattn_cute import cubin, presets
 from fgattn_cute.kernels.spec import FwdSpec
-from fgattn_cute.select import for_parts, for_union
+from fgattn_cute.select import for_halves, for_parts, for_union
 from fgattn_cute.unions import rows_for
 
 pytestmark = pytest.mark.skipif(cubin.nvdisasm() is None, reason="needs nvdisasm (pip install nvidia-cuda-nvdisasm)")
@@ -179,6 +180,24 @@ def lists_in_parts():
 
 @pytest.mark.parametrize("spec", list(lists_in_parts()))
 def test_lists_in_parts(spec):
+    check(spec)
+
+
+def halves():
+    """Of every preset's kernel of 128 rows, quick at the flagship head dim for eight blocks."""
+    for preset in presets.builtin("h200").presets:
+        for spec, blocks in itertools.product(preset.specs(), (2, 4, 8)):
+            if spec.tile_m != 128 or not preset.takes(spec.dtype, spec.head_dim, slice_n=1):
+                continue
+            shared = for_halves(for_union(spec, blocks))
+            if not shared.reasons():
+                fast = (spec.head_dim, spec.dtype, blocks) == (128, "bf16", 8)
+                for found in (shared, shared.redo_spec())[: 2 if spec.softmax == "fixed_ref" else 1]:
+                    yield pytest.param(found, id=found.name, marks=() if fast else (pytest.mark.slow,))
+
+
+@pytest.mark.parametrize("spec", list(dict((param.id, param) for param in halves()).values()))
+def test_unions_in_halves(spec):
     check(spec)
 
 

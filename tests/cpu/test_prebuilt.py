@@ -213,7 +213,12 @@ def test_bench_checks_before_it_times(monkeypatch):
 
 
 def test_unions_of_a_presets_kernels():
-    """Blocks of 16 and 32 fill 128 rows 8 and 4 at a time, 64 does 2; 64 rows are not shared, and each has a packer."""
+    """Blocks of 16 and 32 fill 128 rows 8 and 4 at a time, 64 does 2; 64 rows are not shared, and each has a packer.
+    What select takes for unions in halves is among them."""
+    from fgattn_cute.gpu import from_config
+    from fgattn_cute.select import select
+    from perf.roofline import problem
+
     specs = [s for s in prebuilt.specs_of("h200", dtypes=["bf16"], head_dims=[128]) if s.tile_m < 192]
     found = prebuilt.unions_of(specs)
     kernels = [s for s in found if isinstance(s, FwdSpec)]
@@ -221,6 +226,9 @@ def test_unions_of_a_presets_kernels():
     assert {s.union_blocks for s in found if not isinstance(s, FwdSpec)} == {8, 4, 2}
     assert {s.redo_spec() for s in kernels if s.softmax == "fixed_ref"} <= set(kernels)
     assert all(not s.reasons() for s in found)
+    asked = dataclasses.replace(problem(4096, 8, 128, 16), union_blocks=8, union_lists="halves")
+    assert select(asked, from_config("h200")).spec in kernels
+    assert {f"half_lists_{step}_u{n}" for step in ("measure", "write") for n in (2, 4, 8)} <= {s.name for s in found}
 
 
 def test_lists_in_parts_of_a_presets_kernels():

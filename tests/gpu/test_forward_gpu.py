@@ -58,21 +58,23 @@ def test_exact_softmax_for_bf16(head_dim, slice_m):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lists_in_parts(dtype, head_dim):
+@pytest.mark.parametrize(("kind", "slice_m"), [("PartsPlan", 64), ("HalvesPlan", 64), ("HalvesPlan", 16)])
+def test_lists_of_which_warpgroups_pass_over_tiles(kind, slice_m, dtype, head_dim):
     """All fills, and blocks that overlap; the plan is the same as on the CPU."""
-    masks = {}
+    kind, masks = getattr(fg, kind), {}
+    common = {"dtype": dtype, "head_dim": head_dim, "slice_m": slice_m}
     for fill, seqlens in zip(FILLS, LENGTHS, strict=True):
-        case = Case(dtype=dtype, head_dim=head_dim, seqlens=seqlens, fill=fill, heads=GROUPED)
+        case = Case(**common, seqlens=seqlens, fill=fill, heads=GROUPED)
         masks[case] = case.mask("cuda")
-    case = Case(dtype=dtype, head_dim=head_dim, seqlens=(4000, 4000), heads=Heads(1, 4, 4, 1, 4))
-    masks[case] = pool_mask(64, 1.2, seqlen=4000, heads=4, density=0.3, device="cuda")
+    case = Case(**common, seqlens=(4000, 4000), heads=Heads(1, 4, 4, 1, 4))
+    masks[case] = pool_mask(slice_m, 1.2, seqlen=4000, heads=4, density=0.3, device="cuda")
     for case, mask in masks.items():
         q, k, v = case.tensors("cuda")
-        plan = fg.PartsPlan.from_mask(mask)
+        plan = kind.from_mask(mask)
         with named(case):
             assert plan.validate() == [] and plan.to_mask() == mask
             assert_within_contract(*attend(q, k, v, plan), q, k, v, mask)
-    alike = fg.PartsPlan.from_mask(dataclasses.replace(mask, bits=mask.bits.cpu()))
+    alike = kind.from_mask(dataclasses.replace(mask, bits=mask.bits.cpu()))
     assert torch.equal(alike.ids, plan.ids.cpu()) and torch.equal(alike.members, plan.members.cpu())
 
 

@@ -52,16 +52,18 @@ def test_grouped_lists_are_those_of_torch(octets):
 
 @pytest.mark.parametrize("seqlen", [9001, 16384])
 @pytest.mark.parametrize("factor", [1.02, 1.25, 1.68])
-def test_lists_in_parts_are_those_of_torch(factor, seqlen):
+@pytest.mark.parametrize(("kind", "slice_m"), [("PartsPlan", 64), ("HalvesPlan", 64), ("HalvesPlan", 16)])
+def test_shared_lists_are_those_of_torch(kind, slice_m, factor, seqlen):
     """And room for them is made with one synchronisation."""
-    mask = pool_mask(64, factor, seqlen=seqlen, heads=4, density=0.3, device="cuda")
-    wanted = fg.PartsPlan.from_mask(mask, backend="torch")
+    kind = getattr(fg, kind)
+    mask = pool_mask(slice_m, factor, seqlen=seqlen, heads=4, density=0.3, device="cuda")
+    wanted = kind.from_mask(mask, backend="torch")
     for _ in range(3):
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                got = fg.PartsPlan.from_mask(mask)
+                got = kind.from_mask(mask)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert len([w for w in said if "synchroniz" in str(w.message)]) == 1

@@ -17,13 +17,12 @@ from .errors import InputError, UnsupportedError, describe_tensor, refusal
 from .explanation import Explanation
 from .kernels.spec import FwdSpec
 from .mask import SliceMask
-from .parts import PartsPlan
 from .plan import Plan
 from .plan_choice import OWN, choose
 from .problem import Problem
 from .select import Choice, select
 from .shared import SharedLists
-from .unions import UnionPlan, rows_for
+from .unions import rows_for
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
 
@@ -35,7 +34,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan | SliceMask | UnionPlan | PartsPlan,
+    plan: Plan | SliceMask | SharedLists,
     *,
     scale: float | None = None,
     return_lse: bool = False,
@@ -53,8 +52,7 @@ def attention(
         k, v: (batch, seqlen_k, kv_heads, head_dim), heads a multiple of kv_heads.
         plan: the lists. A SliceMask is turned into a plan once and remembered as long as the mask lives; where its
             blocks could share lists (slice_m 16, 32, 48, 64, 96), a kernel runs and no spec is named, into the one that
-            the cost model expects to be fastest, lists of its own or unions, if the compiler is installed. Lists in
-            parts take many calls to pay for themselves, so they come from ``best_plan`` or ``PartsPlan`` only.
+            the cost model expects to be fastest, as ``best_plan`` does, if the compiler is installed.
         scale: factor on q.k, at least 0; None means head_dim ** -0.5.
         return_lse: also return the logarithm of the sum of exponentials.
         layout: "bshd", or "bhsd" for (batch, heads, seqlen, head_dim) tensors; no copies either way.
@@ -158,7 +156,7 @@ def explain(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan | SliceMask | UnionPlan | PartsPlan,
+    plan: Plan | SliceMask | SharedLists,
     *,
     layout: str = "bshd",
     spec: FwdSpec | str | None = None,
@@ -246,7 +244,7 @@ def _check_bound(logit_bound) -> None:
         raise InputError(f"logit_bound {logit_bound} is not a finite number of at least 0 (nats)")
 
 
-def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | UnionPlan:
+def _plan_for(mask: SliceMask, q, k, v, layout: str, backend: str, spec, checks: str) -> Plan | SharedLists:
     """The mask's plan for a call: the best where a kernel runs and blocks could share lists, else lists of its own.
 
     Without the compiler, too, lists of its own: kernels for unions need not be among those that were brought along.

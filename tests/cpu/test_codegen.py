@@ -196,7 +196,7 @@ def halves():
                     yield pytest.param(found, id=found.name, marks=() if fast else (pytest.mark.slow,))
 
 
-@pytest.mark.parametrize("spec", list(dict((param.id, param) for param in halves()).values()))
+@pytest.mark.parametrize("spec", list({param.id: param for param in halves()}.values()))
 def test_unions_in_halves(spec):
     check(spec)
 

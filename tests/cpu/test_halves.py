@@ -290,7 +290,7 @@ def test_specs_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("name", quick(MASKS, QUICK))
 def test_every_block_gets_its_own_softmax(name):
     mask = MASKS[name]
-    q, k, v = inputs(mask, batch=mask.batch)
+    q, k, v = inputs(mask, batch=mask.batch, head_dim=128 if mask.slice_m == 16 else 64)
     out, lse = emulated(q, k, v, fg.HalvesPlan.from_mask(mask))
     assert_within_contract(out, lse, q, k, v, mask)
 

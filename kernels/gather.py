@@ -27,6 +27,8 @@ class Positions:
     * ``ids``: R is a multiple of slice_n: R / slice_n neighbouring ids, loaded as vectors.
     * ``one``: slice_n is a multiple of R: a thread's rows lie inside one segment.
     * ``each``: anything else (3, 5, 100, ...): one id per row, found by division.
+    * ``few``: the same where an id and a division for each of so many rows spilled: the ids of the segments that R
+      positions can touch, and one division; a row is in one of two neighbouring segments, wherever the first one is.
 
     Interleaved: shared row m * G + g holds position m * G + g, so a row's group alone decides where in a segment it is.
 
@@ -54,6 +56,8 @@ class Positions:
             self.expansion, self.ids_per_thread = "one", 1
         elif self.groups % seg == 0:
             self.expansion, self.ids_per_thread, self.order = "spread", self.rows, "interleaved"
+        elif self.rows > (8 if spec.producer_registers > 32 else 4 if spec.redo else 6):
+            self.expansion, self.ids_per_thread = "few", (self.rows - 2) // seg + 2
         else:
             self.expansion, self.ids_per_thread = "each", self.rows
 
@@ -121,6 +125,10 @@ class Gather:
             for m in cutlass.range_constexpr(count):
                 segment, _ = self.spread(tile, m, group)
                 ids[m] = mList[segment]
+        elif const_expr(self.expansion == "few"):
+            first, _ = self.split(tile, group)
+            for j in cutlass.range_constexpr(count):
+                ids[j] = mList[first + j]
         else:
             position = tile * self.spec.tile_n + self.positions.of_group(group)
             for m in cutlass.range_constexpr(count):
@@ -132,6 +140,10 @@ class Gather:
         mine, within = unsigned_divmod(group, spec.slice_n)
         line = tile * spec.rows_per_thread + m  # of G positions, which hold G / slice_n segments
         return line * (spec.row_groups // spec.slice_n) + mine, within
+
+    def split(self, tile: Int32, group: Int32) -> tuple:
+        """(segment in the list, key inside it) of a thread's first row of ``tile``."""
+        return unsigned_divmod(tile * self.spec.tile_n + self.positions.of_group(group), self.spec.slice_n)
 
     @cute.jit
     def expand(self, rows: cute.Tensor, ids: cute.Tensor, tile: Int32, group: Int32, last_key: Int32):
@@ -145,6 +157,12 @@ class Gather:
                 row = ids[0] * seg + unsigned_divmod(position, seg)[1] + m
             elif const_expr(self.expansion == "spread"):
                 row = ids[m] * seg + self.spread(tile, m, group)[1]
+            elif const_expr(self.expansion == "few"):
+                place, step = divmod(m, seg)
+                within = self.split(tile, group)[1] + step
+                row = ids[place] * seg + within
+                if const_expr(step > 0):
+                    row = row if within < seg else ids[place + 1] * seg + (within - seg)
             else:
                 row = ids[m] * seg + unsigned_divmod(position + self.positions.of_line(m), seg)[1]
             rows[m] = cutlass.min(cutlass.max(row, 0), last_key)

@@ -100,8 +100,8 @@ class GatherLoader(Loader):
         super().__init__(spec, *role)
         self.gather = Gather(spec)
         self.group = self.gather.group(self.thread)
-        # With tiles before the gathered ones, eight rows a thread leave 32 registers no room in a list's first tile.
-        self.is_tight = spec.kv_loads == "octets" and spec.producer_registers <= 32 and spec.rows_per_thread > 6
+        # With tiles before the gathered ones, a list's first tile wants more than a tight producer has.
+        self.is_tight = spec.kv_loads == "octets" and spec.tight_producer
 
     def bind_kv(self, k, v, mIds, last_key):
         """k, v: (global tensor (S, D, H, B), shared tiles, bytes from row to row); last_key: Sk - 1."""

@@ -159,6 +159,14 @@ class FwdSpec:
     def rows_per_thread(self) -> int:
         return self.tile_n // self.row_groups
 
+    @property
+    def tight_producer(self) -> bool:
+        """Whether the producer's registers just hold the rows and ids of a thread, so that the code must spare others.
+
+        It does so in the gather's ids, in the run of a list and in a list's first tile; elsewhere that buys nothing.
+        """
+        return self.producer_registers <= 32 and self.rows_per_thread > 6
+
     # ---- TMA boxes of K and V ---------------------------------------------------------------------------------------
     @property
     def box_rows(self) -> int:

@@ -4,7 +4,6 @@
 A tile of keys is handled at three places of the code: the first tile, the steady loop and the list's partial tile.
 """
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -51,13 +50,20 @@ def parameters():
 
 
 def variants():
-    """Every preset of the H200 with other segments that it takes."""
+    """Every preset of the H200 with other segments that it takes, and for nearly full plans, with the redo pass of each.
+    Quick those whose producer spilled."""
     for preset in presets.builtin("h200").presets:
         spec = next(iter(preset.specs()))
-        for slice_n in (2, 3, 8, 128):
-            if not preset.takes(spec.dtype, spec.head_dim, slice_n):
+        problem = {"dtype": spec.dtype, "head_dim": spec.head_dim}
+        for slice_n, nearly_full in [(n, False) for n in (2, 3, 5, 8, 100, 128)] + [(n, True) for n in (1, 3)]:
+            if not preset.takes(**problem, slice_n=slice_n):
                 continue
-            yield pytest.param(dataclasses.replace(spec, slice_n=slice_n), id=f"{preset.id}-n{slice_n}")
+            found = preset.spec(**problem, slice_n=slice_n, nearly_full=nearly_full)
+            marks = () if (preset.id, slice_n) in (("m192-d64", 1), ("m192-d64", 3)) else (pytest.mark.slow,)
+            label = f"{preset.id}-n{slice_n}" + "-full" * nearly_full
+            yield pytest.param(found, id=label, marks=marks)
+            if found.softmax == "fixed_ref":
+                yield pytest.param(found.redo_spec(), id=f"{label}-redo", marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -137,7 +143,6 @@ def test_presets(spec):
     check(spec)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", list(variants()))
 def test_other_segments(spec):
     check(spec)

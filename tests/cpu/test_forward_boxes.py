@@ -68,12 +68,14 @@ def check_boxes(spec):
 RUNS = {
     "segments of 3": tiny_spec(slice_n=3, kv_loads="runs"),
     "persistent": tiny_spec(tile_m=128, scheduler="persistent", q_source="registers", kv_loads="runs"),
+    "a tight producer, segments of 5": tiny_spec(tile_m=192, tile_n=128, slice_n=5, softmax="exact", kv_loads="runs"),
 }
 MORE_RUNS = {
     "one warpgroup": tiny_spec(kv_loads="runs"),
     "two atoms, tiles of 80": tiny_spec(head_dim=128, tile_n=80, kv_loads="runs"),
     "segments of 48": tiny_spec(slice_n=48, tile_n=80, kv_loads="runs"),
     "three atoms": tiny_spec(head_dim=96, softmax="exact", kv_loads="runs"),
+    "a tight producer": tiny_spec(tile_m=192, tile_n=128, kv_stages=3, ping_pong=True, kv_loads="runs"),
 }
 
 

@@ -44,7 +44,7 @@ GROUPS = (
     ("fp16", 128, 192, 100, None),
     ("fp16", 128, 128, 2, None),
     ("fp16", 128, 64, 128, None),
-    ("bf16", 64, 192, 16, None),
+    ("bf16", 64, 192, 3, None),
     ("bf16", 64, 128, 3, None),
     ("bf16", 64, 128, 1, "m128-exact-d64"),
     ("bf16", 64, 64, 5, "m64-exact-d64"),
@@ -185,7 +185,7 @@ def test_the_groups_reach_every_branch():
     table = [case for number, group in enumerate(ALL_GROUPS) for case in cases(number, *group)]
     for case in table:
         seen.update(facts_of(case))
-    ways = ("ids", "one", "each", "spread", "box")
+    ways = ("ids", "one", "each", "few", "spread", "box")
     want = {("tiles", n, how) for n in range(4) for how in ways}
     want |= set(itertools.product(("tiles",), range(4), ("grid", "persistent"), ("fixed_ref", "exact")))
     want |= set(itertools.product(("tail",), ("1", "tile - 1", "tile", "other"), ("fixed_ref", "exact")))

@@ -50,7 +50,7 @@ def parameters():
 
 
 def variants():
-    """Every preset of the H200 with other segments that it takes, and for nearly full plans, with the redo pass of each.
+    """Every preset of the H200 with other segments that it takes, and for nearly full plans, and the redo passes.
     Quick those whose producer spilled."""
     for preset in presets.builtin("h200").presets:
         spec = next(iter(preset.specs()))

@@ -25,13 +25,13 @@ def loads_for(slice_n: int, scattered: str, nearly_full: bool = False, grouped: 
 def in_zigzag(spec: FwdSpec, nearly_full: bool) -> FwdSpec:
     """The kernel of a persistent preset for a plan of even lists, which leave waves nothing to balance.
 
-    Zigzag over waves on an H200, 2026-11-23: 1.01 to 1.06 on even lists with fixed_ref from the gather, because ptxas
-    keeps the loop counters of waves in uniform registers, and 0.88 to 0.95 on skewed ones. With the exact softmax and
-    with boxes 0.98 to 1.00 on even lists, so those keep waves. Octets compile like the gather. The kernel that asks
-    lists for runs has uniform counters either way; single keys that are neither grouped nor nearly full have few runs
-    to find, so they take the gather instead.
+    On an H200 (docs/kernel.md), even lists, zigzag over waves: 1.01 to 1.06 with fixed_ref from the gather at head dim
+    128, because ptxas keeps the loop counters of waves in uniform registers there; 0.98 to 1.00 with the exact softmax,
+    boxes and octets, 0.97 and 0.99 at head dims 64 and 96, so those keep waves. The kernel that asks lists for runs has
+    uniform counters either way; single keys that are neither grouped nor nearly full have few runs to find, so they
+    take the gather instead.
     """
-    if spec.scheduler != "persistent" or spec.softmax != "fixed_ref":
+    if (spec.scheduler, spec.softmax, spec.head_dim) != ("persistent", "fixed_ref", 128):
         return spec
     loads = "gather" if spec.kv_loads == "runs" and spec.slice_n == 1 and not nearly_full else spec.kv_loads
-    return dataclasses.replace(spec, scheduler="zigzag", kv_loads=loads) if loads in ("gather", "octets") else spec
+    return dataclasses.replace(spec, scheduler="zigzag", kv_loads=loads) if loads == "gather" else spec

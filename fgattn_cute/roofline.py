@@ -16,7 +16,8 @@ import dataclasses
 import functools
 import heapq
 import json
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import cache, cubin, presets
@@ -365,17 +366,19 @@ def predict(spec: FwdSpec, facts: presets.GpuFacts, work: Workload, found: Instr
     machine = Machine.of(facts)
     found = found or instructions(spec)
     parts = -(-work.slice_m // spec.tile_m)
-    tiles = [-(-n // spec.tile_n) for n in work.keys]
+    tiles = _each(lambda n: -(-n // spec.tile_n), work.keys)
     total_tiles = max(1, parts * sum(tiles))
     memory = hbm_bytes(spec, machine, work, total_tiles) / total_tiles
     cycles = tile_cycles(spec, machine, found, memory, work.loads)
     tile = joined(cycles, machine.overlap)
     # The CTAs of an SM share it: each takes the tile's cycles once for every CTA that is resident.
-    items = [n * tile * spec.ctas_per_sm + machine.list_cycles for n in launch_order(work, tiles) for _ in range(parts)]
+    items = _each(lambda n: n * tile * spec.ctas_per_sm + machine.list_cycles, launch_order(work, tiles))
+    if parts > 1:
+        items = [item for item in items for _ in range(parts)]
     slots = machine.sms * spec.ctas_per_sm
     seconds = makespan(cta_cycles(spec, items, slots), slots) / machine.clock_hz
     rows = _rows_of_blocks(work)
-    flops = 4 * spec.head_dim * sum(n * r for n, r in zip(work.keys, rows, strict=True)) * work.kept_share
+    flops = 4 * spec.head_dim * sum(map(operator.mul, work.keys, rows)) * work.kept_share
     dense = 4 * spec.head_dim * work.batch * work.heads * work.seqlen_q * work.seqlen_k / (machine.dense_tflops * 1e12)
     ends = len(items) * machine.list_cycles / spec.ctas_per_sm / machine.sms / machine.clock_hz
     full = len(items) * work.seqlen_k / spec.tile_n * tile / machine.sms / machine.clock_hz
@@ -392,6 +395,14 @@ def predict(spec: FwdSpec, facts: presets.GpuFacts, work: Workload, found: Instr
     )
 
 
+def _each(function: Callable, values: Sequence) -> list:
+    """``function`` of every value, worked out once where all are equal: a choice prices tens of thousands of lists of
+    mean length."""
+    if values and min(values) == max(values):
+        return [function(values[0])] * len(values)
+    return [function(value) for value in values]
+
+
 def hbm_bytes(spec: FwdSpec, machine: Machine, work: Workload, tiles: int) -> float:
     """Device-memory traffic of a launch: Q, O, K and V once, and the gathers that the L2 cannot keep.
 
@@ -406,6 +417,8 @@ def hbm_bytes(spec: FwdSpec, machine: Machine, work: Workload, tiles: int) -> fl
 
 def launch_order(work: Workload, tiles: list[int]) -> list[int]:
     """Tiles of the lists in the order in which ``Plan.work`` has them: heaviest first inside a group of heads."""
+    if tiles and min(tiles) == max(tiles):
+        return tiles
     lists = len(tiles) // (work.batch * work.heads)
     group = max(1, WORK_L2_BYTES // (work.seqlen_k * WORK_BYTES_PER_KEY))
     found = []

@@ -223,16 +223,14 @@ def test_octets(spec):
 
 
 def zigzag():
-    """Every preset's kernels for even lists, plain and grouped: quick those that gather at the flagship head dim."""
+    """Every preset's kernels for even lists."""
     for preset in presets.builtin("h200").presets:
         for spec in preset.specs():
             if not preset.takes(spec.dtype, spec.head_dim, slice_n=1):
                 continue
-            for grouped in (False, True):
-                even = preset.spec(dtype=spec.dtype, head_dim=spec.head_dim, grouped=grouped, even=True)
-                if even.scheduler == "zigzag":
-                    marks = () if even.head_dim == 128 and not grouped else (pytest.mark.slow,)
-                    yield pytest.param(even, id=even.name, marks=marks)
+            even = preset.spec(dtype=spec.dtype, head_dim=spec.head_dim, even=True)
+            if even.scheduler == "zigzag":
+                yield pytest.param(even, id=even.name)
 
 
 @pytest.mark.parametrize("spec", list(zigzag()))

@@ -109,7 +109,11 @@ def check(spec):
     # The producer may sleep while it waits; its code ends where the consumers take registers. They must not. In the
     # redo pass, which hardly ever runs, ptxas may put the producer last.
     consumers = instructions[instructions.index("USETMAXREG.TRY_ALLOC.CTAPOOL") :]
-    assert spec.redo or cubin.count(consumers, "NANOSLEEP") == 0
+    sleeps = cubin.count(consumers, "NANOSLEEP")
+    if spec.kv_loads == "boxes" and sleeps:  # the producer's only three waits (Q, K, V) may stand behind the last EXIT
+        assert sleeps == cubin.count(instructions, "NANOSLEEP") == 3
+        sleeps = cubin.count(consumers[: len(consumers) - consumers[::-1].index("EXIT")], "NANOSLEEP")
+    assert spec.redo or sleeps == 0
     assert cubin.count(consumers, "HGMMA") == expected["HGMMA"]
 
     # Q K^T multiplies 64 x tile_n x 16, P V 64 x D x 16.

@@ -18,6 +18,7 @@ from fgattn_cute.mask import SliceMask, blocks_of
 SKETCH_COLUMNS = 1024  # slice columns on which blocks are compared
 _GOLDEN = 0.6180339887498949  # multiples of it modulo 1 hit every stretch of the columns and no period of theirs
 _CHUNK_CELLS = 1 << 27  # sketch cells held at a time
+_CHUNK_WORDS = 1 << 24  # mask words copied at a time
 
 
 def sequence(blocks_q: int, device="cpu") -> torch.Tensor:
@@ -139,11 +140,13 @@ def union_pairs(mask: SliceMask, order: torch.Tensor, rows: int) -> torch.Tensor
     order = order.to(mask.device).expand(*mask.bits.shape[:2], -1)
     short = blocks_of(mask.blocks_q, size) * size - mask.blocks_q
     pairs = []
-    for head in range(mask.heads):  # a head at a time: this copies its bits
-        index = order[:, head, :, None].expand(-1, -1, mask.bits.shape[-1])
-        words = torch.nn.functional.pad(mask.bits[:, head].gather(1, index), (0, 0, 0, short))
-        union = functools.reduce(torch.bitwise_or, words.unflatten(1, (-1, size)).unbind(2))
-        pairs.append(SliceMask(union[:, None], **{**mask.geometry, "slice_m": rows}).kept_pairs())
+    # This copies bits, so as many heads at a time as fit 64 MiB. One at a time would launch hundreds of small kernels.
+    step = max(1, _CHUNK_WORDS // max(1, mask.bits[:, 0].numel()))
+    for bits, places in zip(mask.bits.split(step, 1), order.split(step, 1), strict=True):
+        words = bits.gather(2, places[..., None].expand(-1, -1, -1, bits.shape[-1]))
+        words = torch.nn.functional.pad(words, (0, 0, 0, short))
+        union = functools.reduce(torch.bitwise_or, words.unflatten(2, (-1, size)).unbind(3))
+        pairs.append(SliceMask(union, **{**mask.geometry, "slice_m": rows}).kept_pairs())
     return torch.cat(pairs, 1)
 
 

@@ -4,44 +4,25 @@
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
+from .scheduler import Walker
 
-class Consumer:
+
+class Consumer(Walker):
     def __init__(self, spec, scheduler, mainloop, epilogue):
         self.spec = spec
         self.scheduler, self.mainloop, self.epilogue = scheduler, mainloop, epilogue
 
     @cute.jit
     def run(self):
-        """All items of this CTA. tiles and items count what this consumer has taken from the pipes."""
-        tiles, items = Int32(0), Int32(0)
+        """All items of this CTA."""
         self.mainloop.order.start(self.mainloop.warpgroup_index)
-        if const_expr(self.spec.scheduler == "grid"):
-            self.take(self.scheduler.only_item(), tiles, items)
-        elif const_expr(self.spec.redo):
-            step = Int32(0)
-            index = self.scheduler.strided_item(step)
-            while self.scheduler.is_valid(index):
-                if self.scheduler.wants(step):
-                    tiles, items = self.take(index, tiles, items)
-                step += 1
-                index = self.scheduler.strided_item(step)
-        elif const_expr(self.spec.scheduler == "zigzag"):
-            step = Int32(0)
-            index = self.scheduler.zigzag_item(step)
-            while self.scheduler.is_valid(index):
-                tiles, items = self.take(index, tiles, items)
-                step += 1
-                index = self.scheduler.zigzag_item(step)
-        else:
-            index, end = self.scheduler.share()
-            while index < end:
-                tiles, items = self.take(index, tiles, items)
-                index += self.scheduler.ctas_per_wave
+        self.walk()
         if const_expr(self.spec.takes_several):
             self.epilogue.wait_stored()
 
     @cute.jit
     def take(self, index: Int32, tiles: Int32, items: Int32):
+        """tiles and items count what this consumer has taken from the pipes."""
         work = self.scheduler.fetch(index)
         self.mainloop.reset()
         if work.num_keys > 0:

@@ -3,7 +3,7 @@
 
 This file lays out operands, makes the TMA atoms, launches, and gives each warp its role; the roles have files of their
 own. Reading order: spec.py, schedule.py, phases.py, scheduler.py, gather.py, loader.py, boxes.py, octets.py,
-softmax.py, mainloop.py, epilogue.py.
+softmax.py, mainloop.py, parts.py, halves.py, epilogue.py.
 """
 
 import math
@@ -210,7 +210,7 @@ class FgAttnForwardSm90:
                 loader = GatherLoader(*role)
                 loader.bind_kv((mK, sK, k_row_bytes), (mV, sV, v_row_bytes), mIds, last_key)
             loader.bind_q(tma_q, mQ, sQ)
-            loader.run()
+            loader.walk()
         else:
             cute.arch.setmaxregister_increase(spec.consumer_registers)
             warpgroup_index = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)

@@ -14,10 +14,11 @@ from cutlass.cute.nvgpu import cpasync
 
 from .gather import Gather
 from .ptx import unsigned_divmod
+from .scheduler import Walker
 from .spec import ELEMENT_BYTES, WARP_ROWS, WGMMA_ROWS
 
 
-class Loader:
+class Loader(Walker):
     """What every producer does: walk the work items and load Q. A subclass adds ``load_item``."""
 
     def __init__(self, spec, scheduler, pipes, thread, warp):
@@ -31,34 +32,8 @@ class Loader:
         self.tma_q, self.mQ, self.sQ = tma_q, mQ, sQ
 
     @cute.jit
-    def run(self):
-        """All items of this CTA. tiles and items count what this producer has put into the pipes."""
-        tiles, items = Int32(0), Int32(0)
-        if const_expr(self.spec.scheduler == "grid"):
-            self.take(self.scheduler.only_item(), tiles, items)
-        elif const_expr(self.spec.redo):
-            step = Int32(0)
-            index = self.scheduler.strided_item(step)
-            while self.scheduler.is_valid(index):
-                if self.scheduler.wants(step):
-                    tiles, items = self.take(index, tiles, items)
-                step += 1
-                index = self.scheduler.strided_item(step)
-        elif const_expr(self.spec.scheduler == "zigzag"):
-            step = Int32(0)
-            index = self.scheduler.zigzag_item(step)
-            while self.scheduler.is_valid(index):
-                tiles, items = self.take(index, tiles, items)
-                step += 1
-                index = self.scheduler.zigzag_item(step)
-        else:
-            index, end = self.scheduler.share()
-            while index < end:
-                tiles, items = self.take(index, tiles, items)
-                index += self.scheduler.ctas_per_wave
-
-    @cute.jit
     def take(self, index: Int32, tiles: Int32, items: Int32):
+        """tiles and items count what this producer has put into the pipes."""
         work = self.scheduler.fetch(index)
         if work.num_keys > 0:
             tiles = self.load_item(work, tiles, items)

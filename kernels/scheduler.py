@@ -139,3 +139,37 @@ class Scheduler:
         else:
             row = work.first + piece * WARP_ROWS
         return row
+
+
+class Walker:
+    """A role that takes the CTA's items one after the other. A subclass has ``spec``, ``scheduler`` and ``take``.
+
+    All roles of a CTA walk alike, so that they agree on every item without a word.
+    """
+
+    @cute.jit
+    def walk(self):
+        """All items of this CTA. ``take(index, tiles, items)`` returns the number of tiles and items so far."""
+        tiles, items = Int32(0), Int32(0)
+        if const_expr(self.spec.scheduler == "grid"):
+            self.take(self.scheduler.only_item(), tiles, items)
+        elif const_expr(self.spec.redo):
+            step = Int32(0)
+            index = self.scheduler.strided_item(step)
+            while self.scheduler.is_valid(index):
+                if self.scheduler.wants(step):
+                    tiles, items = self.take(index, tiles, items)
+                step += 1
+                index = self.scheduler.strided_item(step)
+        elif const_expr(self.spec.scheduler == "zigzag"):
+            step = Int32(0)
+            index = self.scheduler.zigzag_item(step)
+            while self.scheduler.is_valid(index):
+                tiles, items = self.take(index, tiles, items)
+                step += 1
+                index = self.scheduler.zigzag_item(step)
+        else:
+            index, end = self.scheduler.share()
+            while index < end:
+                tiles, items = self.take(index, tiles, items)
+                index += self.scheduler.ctas_per_wave

@@ -93,7 +93,7 @@ SUBJECTS = {
     "forward, exact softmax, one warpgroup": lambda: forward("exact", softmax="exact", tile_m=64),
     "forward, fixed reference, persistent, ping-pong": lambda: forward(
         "fixed_ref",
-        scheduler="persistent",
+        scheduler="zigzag",
         ping_pong=True,
         q_source="registers",
         heads=2,

@@ -38,9 +38,9 @@ def gemm(name, **options):
     return Subject(name, "Gemm", run, 0.0)
 
 
-def problem(spec, slice_m, seqlens, heads, density, last_keys):
-    """q, k, v, plan and the oracle's out and LSE. Block 0 of head 0 keeps nothing, the last block `last_keys` keys;
-    with `last_keys` 0 every block keeps 21."""
+def problem(spec, slice_m, seqlens, heads, density, last_keys, kind):
+    """q, k, v, a plan of a kind and the oracle's out and LSE. Block 0 of head 0 keeps nothing, the last block `last_keys`
+    keys; with `last_keys` 0 every block keeps 21."""
     sq, sk = seqlens
     q, k, v = (torch.randn(1, n, heads, spec.head_dim).to(torch.bfloat16) for n in (sq, sk, sk))
     allowed = torch.rand(1, heads, 1, sk) < 0.8
@@ -50,14 +50,16 @@ def problem(spec, slice_m, seqlens, heads, density, last_keys):
     for row in [keep[0, -1, -1]] if last_keys else keep.flatten(0, 2):
         row[row.nonzero()[last_keys or 21 :]] = False
     mask = fg.SliceMask.from_dense(keep, slice_m=slice_m, slice_n=1, seqlen_q=sq, seqlen_k=sk)
-    plan = fg.Plan.from_mask(mask)
-    out, lse = fg.reference.attention(q, k, v, plan, return_lse=True)
+    plan = kind.from_mask(mask)
+    out, lse = fg.reference.attention(q, k, v, mask, return_lse=True)
     used = keep.any(2).transpose(1, 2)[..., None]
     k, v = (torch.where(used, x, float("nan")) for x in (k, v))
     return q, k, v, plan, out.float(), lse
 
 
-def forward(name, density=0.4, seqlens=(192, 1200), heads=1, slice_m=None, tile_n=64, options=None, **fields):
+def forward(
+    name, density=0.4, seqlens=(192, 1200), heads=1, slice_m=None, tile_n=64, kind=fg.Plan, options=None, **fields
+):
     """fg.attention on random lists, against the fp32 oracle.
 
     What the kernel must not use shows if it is used: keys that a head keeps nowhere are NaN in K and V, key 0 among
@@ -69,12 +71,12 @@ def forward(name, density=0.4, seqlens=(192, 1200), heads=1, slice_m=None, tile_
 
     spec = FwdSpec(head_dim=64, tile_n=tile_n, **fields)
     slice_m = slice_m or spec.tile_m
-    problems = [problem(spec, slice_m, seqlens, heads, density, keys) for keys in (7 * tile_n + 21, 21, 0)]
+    problems = [problem(spec, slice_m, seqlens, heads, density, keys, kind) for keys in (7 * tile_n + 21, 21, 0)]
 
     def run(emu):
         worst = 0.0
         for q, k, v, plan, want, want_lse in problems:
-            how = {"return_lse": True, "backend": "emulator", "spec": spec, "logit_bound": 20.0}
+            how = {"return_lse": True, "backend": "emulator", "spec": spec, "logit_bound": 15.0}
             with nan_filled_memory():
                 out, lse = fg.attention(q, k, v, plan, **how)
             finite = torch.isfinite(want_lse)
@@ -99,6 +101,9 @@ SUBJECTS = {
         heads=2,
         seqlens=(256, 1200),
         options={"num_sms": 1},  # one CTA strides over all items
+    ),
+    "forward, union in halves": lambda: forward(
+        "halves", kind=fg.HalvesPlan, union_blocks=4, union_lists="halves", slice_m=32, tile_n=128, kv_stages=3
     ),
     "forward, consumer's fence, blocks of 48 queries": lambda: forward(
         "rows", softmax="exact", tile_m=64, proxy_fence="consumer", slice_m=48, seqlens=(144, 1200)

@@ -92,6 +92,16 @@ UNDETECTED = {
         "drop bar.sync": 2,
         "operand in 64-byte swizzle": 3,
     },
+    "forward, union in halves": {
+        "drop fence.proxy.async": 2,
+        "drop wgmma.fence": 3,
+        "drop mbarrier wait": 5,
+        "mbarrier count + 1": 1,
+        "mbarrier count - 1": 1,
+        "elect.sync always true": 1,
+        "cp.async without zero fill": 32,
+        "operand in 64-byte swizzle": 1,
+    },
 }
 
 

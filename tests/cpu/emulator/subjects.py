@@ -39,8 +39,8 @@ def gemm(name, **options):
 
 
 def problem(spec, slice_m, seqlens, heads, density, last_keys, kind):
-    """q, k, v, a plan of a kind and the oracle's out and LSE. Block 0 of head 0 keeps nothing, the last block `last_keys`
-    keys; with `last_keys` 0 every block keeps 21."""
+    """q, k, v, a plan of a kind and the oracle's out and LSE. Block 0 of head 0 keeps nothing, the last block
+    `last_keys` keys; with `last_keys` 0 every block keeps 21."""
     sq, sk = seqlens
     q, k, v = (torch.randn(1, n, heads, spec.head_dim).to(torch.bfloat16) for n in (sq, sk, sk))
     allowed = torch.rand(1, heads, 1, sk) < 0.8

@@ -67,7 +67,8 @@ class PlanOption:
         more = "" if self.exact else f", NOT exact: keeps {self.union_factor:.2f} x the pairs (mask.coarsen)"
         factor = f", union factor {self.union_factor:.2f}" if self.exact and self.name != OWN else ""
         if self.loads_per_key is not None:
-            factor = f", {self.loads_per_key:.2f} loads per kept key"
+            loads = f", {self.loads_per_key:.2f} loads per kept key"
+            factor = loads if self.name == PARTS else factor + loads
         return f"{self.name}: model {1e3 * self.seconds:.3g} ms{factor}{more}"
 
 
@@ -239,8 +240,9 @@ def expected(kinds: list[Way], factor: float, keys: float) -> tuple[dict[Way, fl
             blocks = way.blocks // HALVES
             own = (1 - (1 - share) ** blocks) / share if share else blocks
             # On average half a tile of a half is empty, and the common keys that fill none are loaded twice.
-            factors[way] = own + HALVES_TILE_N / 2 / keys
-            loads[way] = (min(factor, way.blocks) + 1.5 * HALVES_TILE_N / keys) / way.blocks
+            tile = HALVES_TILE_N / max(1.0, keys)
+            factors[way] = own + tile / 2
+            loads[way] = (min(factor, way.blocks) + 1.5 * tile) / way.blocks
     return factors, loads
 
 

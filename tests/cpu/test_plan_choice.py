@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,9 @@ def test_the_command_line_weighs_unions_by_their_factor():
         assert found["choice"]["spec"]["union_blocks"] == blocks
         assert found["choice"]["spec"]["union_lists"] == lists
         assert len(found["plans"]["options"]) == 4
+    assert CliRunner().invoke(app, [*sizes, "--union-factor", "2", "--density", "0"]).exit_code == 0
+    text = CliRunner().invoke(app, [*sizes[:-1], "--union-factor", "2"]).stdout
+    assert re.search(r"unions in halves: model [0-9.]+ ms, union factor 1\.5\d, 0\.5\d loads per kept key", text)
     sizes[sizes.index("32")] = "64"
     for factor, lists in (("1.2", "parts"), ("1.9", "bits")):
         found = json.loads(CliRunner().invoke(app, [*sizes, "--union-factor", factor]).stdout)

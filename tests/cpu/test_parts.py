@@ -13,6 +13,7 @@ from fgattn_cute.gpu import from_config
 from fgattn_cute.kernels.spec import PARTS_TILE_N as TILE
 from fgattn_cute.kernels.spec import FwdSpec
 from tests.numerics import assert_within_contract
+from tests.shared_list_cases import emulated, inputs, quick
 
 H200 = from_config("h200")
 
@@ -44,27 +45,6 @@ def masks():
 
 MASKS = dict(masks())
 QUICK = ("a pool", "empty and unequal blocks", "one key")
-
-
-def quick(names, chosen=QUICK):
-    """Parameters, those that are not chosen slow."""
-    return [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in names]
-
-
-def inputs(mask, *, batch=1, heads=None, kv_heads=None, head_dim=128, dtype=torch.bfloat16):
-    """q, k and v; keys that no block keeps are NaN, where each head has its own."""
-    heads = heads or mask.heads
-    q = torch.randn(batch, mask.seqlen_q, heads, head_dim).to(dtype)
-    k, v = (torch.randn(batch, mask.seqlen_k, kv_heads or heads, head_dim).to(dtype) for _ in range(2))
-    if (mask.batch, mask.heads, kv_heads or heads) == (batch, heads, heads):
-        unused = ~mask.to_token_mask().any(2).transpose(1, 2)
-        k[unused], v[unused] = float("nan"), float("nan")
-    return q, k, v
-
-
-def emulated(q, k, v, plan, **options):
-    with emulator.session(seed=3, checks="all", num_sms=2):
-        return fg.attention(q, k, v, plan, return_lse=True, backend="emulator", **options)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -183,7 +163,7 @@ def test_specs_that_do_not_fit_are_refused():
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", quick(MASKS))
+@pytest.mark.parametrize("name", quick(MASKS, QUICK))
 def test_every_block_gets_its_own_softmax(name):
     mask = MASKS[name]
     q, k, v = inputs(mask, batch=mask.batch)
